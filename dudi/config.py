@@ -1,0 +1,405 @@
+"""What a run is made of: DuDiConfig (the trainer's) and ScriptArguments (models and data).
+
+Both are dataclasses; `parse` reads them from one YAML file with `--name value` overrides. Every
+mistake that can be seen here is an error here, before a model is loaded or a folder made: unknown
+keys (with the nearest valid one), wrong types, values out of range, options that can't be honoured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dudi_kernels import DIVERGENCES
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+REFERENCES = ("initial", "lagged", "teacher", "none")
+OVERLONG = ("truncate", "drop")
+WEIGHTS = ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight")
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@lru_cache(maxsize=4)
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name -> type of a dataclass that can be constructed with it."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def coerced(name: str, value: Any, wanted: Any) -> Any:
+    """`value` as the type that field `name` wants; numbers may come as text (YAML reads 5e-5 so)."""
+    members = set(typing.get_args(wanted)) or {wanted}
+    if isinstance(value, bool) and bool not in members and (members & {int, float, str}):
+        if name == "fsdp":  # transformers takes True there, whatever its annotation says
+            return value
+        raise TypeError(f"{name} must be {_spelt(wanted)}, got {value!r}")
+    if isinstance(value, enum.Enum) or (value is None and types.NoneType in members):
+        return value
+    try:
+        return TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be {_spelt(wanted)}, got {value!r} ({kind})") from error
+
+
+def _spelt(wanted: Any) -> str:
+    if isinstance(wanted, type) and not typing.get_args(wanted):
+        return wanted.__name__
+    return str(wanted).replace("typing.", "").replace("NoneType", "None")
+
+
+@dataclass
+class DuDiConfig(TrainingArguments):
+    """Configuration of `DuDiTrainer`: transformers' `TrainingArguments` and the fields below.
+
+    A signal's weight of 0 switches the signal off and its cost: no samples are drawn where neither
+    the on-policy nor the preference signal is on, and no teacher is loaded where nothing needs one.
+    """
+
+    # inherited, with other defaults
+    learning_rate: float = _field(1e-5, "Peak learning rate of the optimizer.")
+    logging_steps: float = _field(10, "Log every so many optimizer steps.")
+    remove_unused_columns: bool = _field(False, "Must stay False: the columns are prepared here.")
+    logging_nan_inf_filter: bool = _field(False, "A non-finite loss stops the run instead.")
+    report_to: None | str | list[str] = _field("tensorboard", "Where metrics go beside the file.")
+
+    # models
+    model_init_kwargs: dict[str, Any] | None = _field(
+        None, "Keyword arguments of from_pretrained for the student (dtype: float32 by default)."
+    )
+    teacher_model_name_or_path: str | None = _field(None, "The teacher, where none is passed.")
+    teacher_model_init_kwargs: dict[str, Any] | None = _field(
+        None, "Keyword arguments of from_pretrained for the teacher."
+    )
+    disable_dropout: bool = _field(True, "Set every dropout of the student to 0.")
+
+    # signals
+    off_policy_weight: float = _field(1.0, "Weight of the divergence on given responses y+.")
+    on_policy_weight: float = _field(1.0, "Weight of the divergence on the student's samples y-.")
+    preference_weight: float = _field(0.1, "Weight of the sequence-level preference of y+ over y-.")
+    ce_weight: float = _field(0.0, "Weight of plain cross-entropy on y+.")
+    off_policy_divergence: str | None = _field(
+        None, f"One of {', '.join(DIVERGENCES)}; by default what beta says, else forward_kl."
+    )
+    on_policy_divergence: str | None = _field(
+        None, "The same for the samples; by default what beta says, else reverse_kl."
+    )
+    beta: float | None = _field(
+        None,
+        "As in TRL's GKD: 0 is forward KL, 1 is reverse KL, between is generalised JSD. Sets the "
+        "divergences that are not named; the share of the teacher in a named jsd (0.5 by default).",
+    )
+    alpha: float = _field(0.1, "Skew of skew_forward_kl and skew_reverse_kl, in (0, 1).")
+    temperature: float = _field(1.0, "Temperature of both distributions in the divergences.")
+    preference_beta: float = _field(0.1, "Factor on the difference of scores in the preference.")
+    preference_length_power: int = _field(
+        0, "The a in r(y) = (log pi - log pi_ref) / |y|^a: 0 sums, 1 averages over tokens."
+    )
+    reference: str = _field(
+        "initial",
+        "Reference policy of the preference: initial (the start), lagged (a snapshot refreshed every "
+        "reference_sync_steps), teacher, none.",
+    )
+    reference_sync_steps: int = _field(100, "Optimizer steps between refreshes of lagged.")
+
+    # samples
+    rollout_temperature: float = _field(1.0, "Temperature the samples y- are drawn at.")
+    top_p: float = _field(1.0, "Nucleus sampling: smallest set of tokens of this mass, in (0, 1].")
+    top_k: int = _field(0, "Sample among the k likeliest tokens; 0 is all of them.")
+    log_completions: bool = _field(False, "Print samples at each log event.")
+    num_completions_to_print: int = _field(4, "How many of them.")
+
+    # data
+    max_prompt_length: int | None = _field(512, "Tokens of a prompt at most; None is no limit.")
+    max_completion_length: int | None = _field(256, "Tokens of y+ and y- at most.")
+    overlong: str = _field("truncate", "What happens to longer rows: truncate or drop.")
+
+    # verbalizer
+    context_verbalizer: bool | None = _field(
+        None,
+        "Whether the teacher reads the context verbalizer's prompt. None: where the data has a "
+        "language and any of pivot_prompt, pivot_completion, privileged_context.",
+    )
+    verbalizer_templates: dict[str, str] | None = _field(
+        None, "jinja2 templates by language code, in place of the built-in ones."
+    )
+
+    memory_budget: int = _field(256 * 2**20, "Bytes of workspace for the fused loss.")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> DuDiConfig:
+        known = field_types(cls)
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"unknown config key {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        own = DuDiConfig.__annotations__
+        wanted = field_types(type(self))
+        for name in own:
+            setattr(self, name, coerced(name, getattr(self, name), wanted[name]))
+        self._check_ranges()
+        self._check_signals()
+        self._check_unsupported()
+        super().__post_init__()
+        self._check_fsdp()
+
+    # ---- what follows from the fields ----------------------------------------------------------
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.on_policy_weight > 0 or self.preference_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        scored = self.preference_weight > 0 and self.reference == "teacher"
+        return self.off_policy_weight > 0 or self.on_policy_weight > 0 or scored
+
+    @property
+    def kd_divergences(self) -> tuple[str, str, float]:
+        """Names of the off- and on-policy divergences and the beta of a jsd."""
+        off = self.off_policy_divergence or self._from_beta("forward_kl")
+        on = self.on_policy_divergence or self._from_beta("reverse_kl")
+        return off, on, 0.5 if self.beta is None else self.beta
+
+    def _from_beta(self, default: str) -> str:
+        if self.beta is None:
+            return default
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
+
+    # ---- checks --------------------------------------------------------------------------------
+
+    def _check_ranges(self) -> None:
+        for name in WEIGHTS:
+            _between(name, getattr(self, name), 0, math.inf)
+        for name in ("temperature", "rollout_temperature", "preference_beta"):
+            _between(name, getattr(self, name), 0, math.inf, low_open=True)
+        _between("top_p", self.top_p, 0, 1, low_open=True)
+        _between("top_k", self.top_k, 0, math.inf)
+        for name in ("reference_sync_steps", "max_prompt_length", "max_completion_length"):
+            if getattr(self, name) is not None:
+                _between(name, getattr(self, name), 1, math.inf)
+        _between("memory_budget", self.memory_budget, 1, math.inf)
+        if self.preference_length_power not in (0, 1):
+            raise ValueError(
+                f"preference_length_power must be 0 or 1, got {self.preference_length_power}"
+            )
+        _one_of("reference", self.reference, REFERENCES)
+        _one_of("overlong", self.overlong, OVERLONG)
+        for name in ("off_policy_divergence", "on_policy_divergence"):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), DIVERGENCES)
+
+    def _check_signals(self) -> None:
+        if not any(getattr(self, name) > 0 for name in WEIGHTS):
+            raise ValueError(f"all signals are off: one of {', '.join(WEIGHTS)} must be positive")
+        if self.beta is not None:
+            _between("beta", self.beta, 0, 1)
+        off, on, beta = self.kd_divergences
+        if "jsd" in (off, on) and not 0 < beta < 1:
+            raise ValueError(f"beta must be strictly between 0 and 1 with jsd, got {beta}")
+        if any(name.startswith("skew") for name in (off, on)) and not 0 < self.alpha < 1:
+            raise ValueError(f"alpha must be strictly between 0 and 1, got {self.alpha}")
+        if self.needs_samples and self.max_completion_length is None:
+            raise ValueError("max_completion_length must be a number where samples are drawn")
+
+    def _check_unsupported(self) -> None:
+        """Options of TrainingArguments that this trainer can't honour."""
+        wanted: dict[str, Any] = {
+            "deepspeed": None,
+            "remove_unused_columns": False,
+            "use_liger_kernel": False,
+            "label_smoothing_factor": 0.0,
+            "torch_compile": False,
+            "neftune_noise_alpha": None,
+        }
+        why = {"deepspeed": "; use DDP or FSDP"}
+        for name, value in wanted.items():
+            if getattr(self, name) not in (value, None):
+                raise ValueError(
+                    f"{name} must be {value}: DuDiTrainer does not support "
+                    f"{getattr(self, name)!r}{why.get(name, '')}"
+                )
+
+    def _check_fsdp(self) -> None:
+        copied = self.preference_weight > 0 and self.reference in ("initial", "lagged")
+        if self.fsdp and copied:
+            raise ValueError(
+                f"reference={self.reference!r} is not supported under FSDP: use 'teacher' or 'none'"
+            )
+
+
+def _between(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
+    if not math.isfinite(value) or value < low or value > high or (low_open and value == low):
+        bound = f"in {'(' if low_open else '['}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{name} must be one of {', '.join(allowed)}, got {value!r}{nearest(value, allowed)}"
+        )
+
+
+@dataclass
+class ScriptArguments:
+    """What `dudi train` needs beside the trainer's own configuration."""
+
+    model_name_or_path: str | None = _field(None, "The student to start from.")
+    model_config: dict[str, Any] | None = _field(
+        None, "Or a new one: model_type and its configuration (vocabulary from the tokenizer)."
+    )
+    tokenizer_name_or_path: str | None = _field(None, "By default the student's.")
+    dataset_name: str | None = _field(
+        None, "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id."
+    )
+    dataset_config: str | None = _field(None, "Configuration of a Hub dataset.")
+    dataset_train_split: str = _field("train", "Split to train on.")
+    dataset_test_name: str | None = _field(None, "Where the test set is, if elsewhere.")
+    dataset_test_split: str | None = _field(None, "Split to evaluate on; none, no evaluation.")
+    use_peft: bool = _field(False, "Train a LoRA adapter instead of the whole student.")
+    lora_r: int = _field(16, "Rank of the adapter.")
+    lora_alpha: int = _field(32, "Its scaling.")
+    lora_dropout: float = _field(0.0, "Its dropout.")
+    lora_target_modules: list[str] | str | None = _field(None, "Modules it adapts.")
+    evaluate: bool = _field(True, "Evaluate before and after, where there is a test set.")
+    eval_generate_rows: int | None = _field(
+        32, "Test rows a language to translate greedily for chrF; None is all, 0 is none."
+    )
+    resume: bool = _field(False, "Go on from the newest whole checkpoint of output_dir.")
+    overwrite: bool = _field(False, "Replace the run in output_dir.")
+
+    def __post_init__(self) -> None:
+        for name, wanted in field_types(type(self)).items():
+            setattr(self, name, coerced(name, getattr(self, name), wanted))
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            raise ValueError("give exactly one of model_name_or_path and model_config")
+        if self.model_config is not None and "model_type" not in self.model_config:
+            raise ValueError("model_config must name a model_type, such as llama")
+        if self.dataset_name is None:
+            raise ValueError("dataset_name must be given")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """A recipe: a YAML mapping of option names to values."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold a mapping of options, got {type(loaded).__name__}")
+    return loaded
+
+
+def read_overrides(words: list[str]) -> dict[str, Any]:
+    """`--name value` and `--name=value`; values as YAML reads them; a bare `--name` is true."""
+    options: dict[str, Any] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("--"):
+            raise ValueError(f"expected --name, got {word!r}")
+        name, equals, text = word[2:].partition("=")
+        position += 1
+        if not equals:
+            if position < len(words) and not words[position].startswith("--"):
+                text = words[position]
+                position += 1
+            else:
+                text = "true"
+        options[name.replace("-", "_")] = _yaml_value(text)
+    return options
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def parse(config_file: str | None, overrides: list[str]) -> tuple[ScriptArguments, DuDiConfig]:
+    """A recipe file with overrides, as the command line gives them."""
+    options = read_config_file(config_file) if config_file else {}
+    return from_options(options | read_overrides(overrides))
+
+
+def from_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:
+    """Sort options into the two dataclasses; unknown ones are errors."""
+    script, config = field_types(ScriptArguments), field_types(DuDiConfig)
+    for name in options:
+        if name not in script and name not in config:
+            raise TypeError(f"unknown config key {name!r}{nearest(name, [*script, *config])}")
+    if not options.get("output_dir"):
+        raise ValueError("output_dir must be given")
+    own = {k: v for k, v in options.items() if k in script}
+    rest = {k: coerced(k, v, config[k]) for k, v in options.items() if k in config}
+    return ScriptArguments(**own), DuDiConfig(**rest)
+
+
+# ---- what a run records and what a resumed run must agree with -----------------------------------
+
+# May differ between a run and its resumption: where it writes, what it tells, when it saves.
+FREE_TO_CHANGE = (
+    "output_dir", "run_name", "report_to", "logging_", "log_", "save_", "eval_", "hub_", "push_to",
+    "disable_tqdm", "dataloader_", "num_completions_to_print", "per_device_eval_batch_size",
+    "load_best", "metric_for", "greater_is_better", "include_", "skip_memory", "do_", "debug",
+    "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
+)  # fmt: skip
+
+
+def to_public_dict(config: DuDiConfig) -> dict[str, Any]:
+    """JSON-safe: our own fields, and the inherited ones that differ from their defaults."""
+    own = set(DuDiConfig.__annotations__)
+    values = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name, None)
+        default = f.default if f.default is not dataclasses.MISSING else None
+        if f.init and "token" not in f.name and (f.name in own or value != default):
+            values[f.name] = _json_safe(value)
+    return values
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def resume_mismatches(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Settings in which a checkpoint differs from the run that would go on from it."""
+    names = sorted(n for n in saved.keys() | current.keys() if not n.startswith(FREE_TO_CHANGE))
+    return [
+        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
+        for name in names
+        if saved.get(name) != current.get(name)
+    ]

@@ -1,0 +1,62 @@
+"""The policy that the preference signal measures progress from.
+
+`initial` is the student as training found it, `lagged` a snapshot of it refreshed every k steps
+(the SPIN iterate). Only trainable parameters are copied: with an adapter that is the adapter. To
+score, the snapshot is swapped into the live model for one forward pass and swapped out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+class Reference:
+    """A frozen copy of a model's trainable parameters."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = {name: p.detach().clone() for name, p in self._trainable(model)}
+
+    @staticmethod
+    def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Take the model as it is now."""
+        for name, parameter in self._trainable(model):
+            self.weights[name].copy_(parameter)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `model` has the snapshot's weights."""
+        live = dict(self._trainable(model))
+        own = {name: parameter.data for name, parameter in live.items()}
+        try:
+            for name, parameter in live.items():
+                parameter.data = self.weights[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in live.items():
+                parameter.data = own[name]
+
+    def save(self, folder: str | Path) -> None:
+        tensors: dict[str, Tensor] = {n: w.contiguous().cpu() for n, w in self.weights.items()}
+        save_file(tensors, Path(folder) / REFERENCE_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        path = Path(folder) / REFERENCE_FILE
+        if not path.exists():
+            raise ValueError(f"resume needs the reference policy {path}, which is not there")
+        saved = load_file(path)
+        if saved.keys() != self.weights.keys():
+            raise ValueError(f"{path} holds other parameters than the model trains")
+        for name, weight in saved.items():
+            self.weights[name].copy_(weight)

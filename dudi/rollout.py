@@ -1,0 +1,100 @@
+"""Samples from a model: token ids in, token ids out, nothing decoded on the way.
+
+Prompts are left-padded for `generate` (KV cache); each completion keeps its eos, what follows it
+is cut, and how it ended is told. A seed makes the draw independent of the global random state, so
+a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Rollout(NamedTuple):
+    completions: list[Tensor]  # B of (R_i,), on the CPU, eos included where it was reached
+    finish_reasons: list[str]  # "eos" or "length"
+
+
+def left_pad(prompts: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """(B, P) ids and mask with the prompts flush right."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = prompt
+        mask[i, width - len(prompt) :] = 1
+    return ids, mask
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Run under `seed` and give the global random state back afterwards."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """eval() and no_grad, with the training flag given back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def cut_at_eos(tokens: Tensor, eos: set[int]) -> tuple[Tensor, str]:
+    """Everything up to and including the first eos, and the finish reason."""
+    for i, token in enumerate(tokens.tolist()):
+        if token in eos:
+            return tokens[: i + 1], "eos"
+    return tokens, "length"
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Tensor],  # B of (P_i,)
+    *,
+    max_completion_length: int,
+    eos_token_id: int | list[int],
+    pad_token_id: int,
+    temperature: float = 1.0,  # 0 is greedy
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Rollout:
+    """Draw one completion for each prompt from `model` (a transformers causal LM or PEFT model)."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    ids, mask = left_pad(prompts, pad_token_id)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    config = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
+    with inference_mode_of(model), seeded(seed, device):
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        )
+    eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    rows = output[:, ids.shape[1] :].cpu()
+    completions, reasons = zip(*(cut_at_eos(row, eos) for row in rows), strict=True)
+    return Rollout(list(completions), list(reasons))

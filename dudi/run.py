@@ -1,0 +1,256 @@
+"""`dudi train`: from a recipe to a run folder that can be resumed, evaluated and reported.
+
+Everything that can be wrong is checked before the folder is touched. The folder then holds run.json
+(what was run and where), metrics.jsonl, checkpoint-N/, evaluation.json (before and after, where
+there is a test set), model/ and report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dudi.callbacks import ConsoleProgress, write_text
+from dudi.checkpoints import check_output_dir, clear_run
+from dudi.config import DuDiConfig, ScriptArguments, to_public_dict
+from dudi.data import load_data
+from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
+from dudi.report import write_report
+from dudi.trainer import DuDiTrainer, load_model
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge the figures: versions and hardware."""
+    from dudi import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "dudi": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "os": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor())} x {os.cpu_count()}"
+
+
+def build_tokenizer(script: ScriptArguments) -> Any:
+    name = script.tokenizer_name_or_path or script.model_name_or_path
+    if name is None:
+        raise ValueError("tokenizer_name_or_path must be given with model_config")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def build_model(script: ScriptArguments, config: DuDiConfig, tokenizer: Any) -> Any:
+    """The student: from a checkpoint, or new from `model_config` with weights drawn by the seed."""
+    if script.model_name_or_path is not None:
+        kwargs = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
+        return load_model(script.model_name_or_path, kwargs)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        **(script.model_config or {}),
+    }
+    set_seed(config.seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+
+
+def build_peft_config(script: ScriptArguments) -> Any:
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_test_set(script: ScriptArguments) -> Any:
+    """The held-out data of a recipe, or None where it names none."""
+    if script.dataset_test_name is None and script.dataset_test_split is None:
+        return None
+    return load_data(
+        script.dataset_test_name or script.dataset_name,
+        name=script.dataset_config,
+        split=script.dataset_test_split or "train",
+    )
+
+
+def build_trainer(script: ScriptArguments, config: DuDiConfig, train: Any = None, test: Any = None):
+    """The trainer of a recipe, every input checked; datasets are loaded where none are given."""
+    tokenizer = build_tokenizer(script)
+    if train is None:
+        train = load_data(
+            script.dataset_name, name=script.dataset_config, split=script.dataset_train_split
+        )
+        test = load_test_set(script)
+    return DuDiTrainer(
+        model=build_model(script, config, tokenizer),
+        args=config,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        peft_config=build_peft_config(script),
+    )
+
+
+def count_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def describe(trainer: DuDiTrainer, script: ScriptArguments, command: str | None) -> dict[str, Any]:
+    """The content of run.json at the start of a run."""
+    train: Any = trainer.train_dataset
+    teacher = trainer.teacher
+    return {
+        "title": Path(str(trainer.args.output_dir)).name,
+        "command": command or shlex.join(sys.argv),
+        "script": {k: v for k, v in asdict(script).items() if v is not None},
+        "config": to_public_dict(trainer.args),
+        "environment": environment(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "parameters": count_parameters(trainer.model),
+        "teacher_parameters": count_parameters(teacher) if teacher is not None else None,
+        "languages": sorted(set(train["language"]) - {""}),
+        "data": trainer.data_counts,
+    }
+
+
+def quiet_libraries() -> None:
+    """No bars and no chatter of the libraries between our own lines."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def console_style(trainer: DuDiTrainer, console: Console, label: str) -> None:
+    """One readable line a log event in place of bars and dicts."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(ConsoleProgress(console, label))
+
+
+def evaluate_and_write(
+    trainer: DuDiTrainer, label: str, script: ScriptArguments, console: Console
+) -> Evaluation:
+    """Evaluate the student as it is and keep the result in evaluation.json under `label`."""
+    config: Any = trainer.args
+    console.print(f"[bold]evaluate[/] {label}: {len(trainer.eval_dataset)} rows")
+    result = evaluate_model(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        trainer.eval_dataset,
+        teacher=trainer.teacher,
+        batch_size=config.per_device_eval_batch_size,
+        generate=script.eval_generate_rows != 0,
+        generate_rows=script.eval_generate_rows,
+        max_completion_length=config.max_completion_length,
+    )
+    path = Path(config.output_dir) / "evaluation.json"
+    if trainer.is_world_process_zero():
+        write_text(path, json.dumps({**_read(path), label: result.to_dict()}, ensure_ascii=False))
+    return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write_info(trainer: DuDiTrainer, info: dict[str, Any]) -> None:
+    if trainer.is_world_process_zero():
+        text = json.dumps(info, indent=1, ensure_ascii=False)
+        write_text(Path(str(trainer.args.output_dir)) / "run.json", text)
+
+
+def _say_counts(trainer: DuDiTrainer, console: Console) -> None:
+    """How much data there is, and what was too long."""
+    for split, counts in trainer.data_counts.items():
+        told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n)
+        console.print(f"[bold]data[/] {split}: {told}")
+
+
+def run_training(
+    script: ScriptArguments,
+    config: DuDiConfig,
+    *,
+    console: Console | None = None,
+    command: str | None = None,
+    train: Any = None,
+    test: Any = None,
+    label: str = "train",
+) -> Path:
+    """Run one recipe and return its folder.
+
+    `train` and `test` stand in for the datasets that `script` names. A Ctrl-C ends the run with a
+    checkpoint and raises KeyboardInterrupt; running again with `resume` goes on from there.
+    """
+    console = console or Console()
+    quiet_libraries()
+    folder = Path(str(config.output_dir))
+    check_output_dir(config.output_dir, resume=script.resume, overwrite=script.overwrite)
+    trainer = build_trainer(script, config, train, test)
+    console_style(trainer, console, label)
+    info = describe(trainer, script, command)
+    _say_counts(trainer, console)
+    if script.resume:
+        trainer.check_resumable()
+    else:
+        clear_run(folder)
+        _write_info(trainer, info)
+    evaluating = script.evaluate and trainer.eval_dataset is not None
+    if evaluating and not script.resume:
+        evaluate_and_write(trainer, "before", script, console)
+    spent = _read(folder / "run.json").get("seconds", 0.0) if script.resume else 0.0
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=script.resume)
+    info |= {
+        "steps": trainer.state.global_step,
+        "seconds": round(spent + time.monotonic() - started, 1),
+    }
+    _write_info(trainer, info)
+    if trainer.interrupted:
+        console.print(
+            f"Stopped at step {trainer.state.global_step}; its checkpoint is saved. "
+            "To go on, run the same command with [bold]--resume[/]."
+        )
+        raise KeyboardInterrupt
+    trainer.save_model(str(folder / "model"))
+    if evaluating:
+        evaluate_and_write(trainer, "after", script, console)
+        console.print(evaluation_table(_read(folder / "evaluation.json")))
+    if trainer.is_world_process_zero():
+        console.print(f"Report: {write_report(folder)}")
+    return folder

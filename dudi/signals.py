@@ -1,0 +1,107 @@
+"""From token ids to the three-signal loss: packing, hidden states, heads, one fused sweep.
+
+Sequences are packed as [prompt, response, padding]; only the rows whose hidden state predicts a
+response token reach the kernels, sequence by sequence, so that rows of student and teacher pair by
+response position whatever their prompts were. Bodies give hidden states only; no logits exist here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from dudi_kernels import LMHead
+from torch import Tensor, nn
+
+
+class Packed(NamedTuple):
+    """A batch of sequences and where their responses are."""
+
+    input_ids: Tensor  # (B, T) prompt, response, right padding
+    attention_mask: Tensor  # (B, T)
+    row_mask: Tensor  # (B, T) True where the hidden state predicts a response token
+    targets: Tensor  # (N,) the response tokens, sequence by sequence
+    segment_ids: Tensor  # (N,) which sequence a row belongs to
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.attention_mask.sum())
+
+
+def pack(
+    prompts: Sequence[Tensor],  # B of (P_i,)
+    responses: Sequence[Tensor],  # B of (R_i,)
+    pad_token_id: int,
+    device: torch.device | str | None = None,
+    segments: Sequence[int] | None = None,  # B segment numbers; default 0, 1, ..., B - 1
+) -> Packed:
+    """Put each response right after its prompt, padding last, so no row comes from a PAD token."""
+    sequences = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    row_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for i, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        input_ids[i, : len(sequence)] = sequence
+        attention_mask[i, : len(sequence)] = 1
+        row_mask[i, len(prompt) - 1 : len(sequence) - 1] = True
+    lengths = torch.tensor([len(r) for r in responses])
+    numbers = torch.arange(len(sequences)) if segments is None else torch.tensor(segments)
+    packed = Packed(
+        input_ids,
+        attention_mask,
+        row_mask,
+        torch.cat([r.long() for r in responses]),
+        numbers.repeat_interleave(lengths),
+    )
+    return Packed(*(t.to(device) for t in packed)) if device is not None else packed
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers causal LM inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def response_hidden(model: nn.Module, packed: Packed) -> Tensor:
+    """Final hidden states (N, D) of the rows that predict response tokens."""
+    lm = causal_lm(model)
+    body = lm.base_model
+    if body is lm:
+        raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
+    output = body(
+        input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False
+    )
+    return output.last_hidden_state[packed.row_mask]
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The model's head as the kernels take it: the live parameters, not copies."""
+    return LMHead.from_model(model)
+
+
+@contextmanager
+def redirected_forward(module: nn.Module, function: Any) -> Iterator[None]:
+    """Let `module.forward` be `function` for one call through its wrapper.
+
+    DDP and FSDP synchronise in the hooks around `wrapped(...)`; calling the inner module would
+    bypass them, so the loss is computed inside the wrapped call.
+    """
+    own = module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        restore()  # the body must find the real forward again
+        return function(*args, **kwargs)
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        restore()

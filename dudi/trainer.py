@@ -1,0 +1,579 @@
+"""DuDiTrainer: a transformers Trainer whose step carries the three signals.
+
+Before each optimizer step the student draws y- for every micro-batch of the step, so that all means
+are over the global batch (ranks and accumulation). Then, per micro-batch: hidden states of student
+and teacher over [y+; y-], the teacher under its verbalized prompt, one `linear_dudi_loss` inside the
+wrapped model's forward. Everything else (optimizer, schedule, checkpoints, logs) is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from dudi_kernels import LMHead, linear_dudi_loss, sequence_log_prob
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import TrainOutput
+
+from dudi.callbacks import Continuity, MetricsFile, write_text
+from dudi.checkpoints import CONFIG_FILE, is_whole, last_checkpoint, shape_mismatches
+from dudi.config import DuDiConfig, resume_mismatches, to_public_dict
+from dudi.data import DuDiCollator, prepare_dataset
+from dudi.meter import Meter
+from dudi.reference import Reference
+from dudi.rollout import Rollout, generate
+from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
+from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
+
+WINDOW_FILE = "log_window.json"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the message names the step and the dataset rows."""
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch, sampled and packed, on the CPU."""
+
+    student: Packed
+    teacher: Packed | None
+    rows: list[int]  # the dataset rows in it
+    rollout: Rollout | None
+    prompts: list[Tensor]
+    counts: Tensor  # (3,) rows of y+, rows of y-, pairs in this micro-batch
+    totals: Tensor  # (3,) the same over the global batch
+
+
+def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None) -> Any:
+    """A causal LM from a name or path; a loaded model is returned as it is."""
+    if not isinstance(model, str):
+        return model
+    return AutoModelForCausalLM.from_pretrained(
+        model, **{"trust_remote_code": False, **(init_kwargs or {})}
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def check_vocabularies(student: LMHead, teacher: LMHead) -> None:
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            "teacher and student must share a vocabulary: the student's head has "
+            f"{student.vocab_size} rows, the teacher's {teacher.vocab_size}. Pick models of one "
+            "family; if the tokenizer is the same and only the padding of the head differs, "
+            "`model.resize_token_embeddings` makes them equal."
+        )
+
+
+class DuDiTrainer(Trainer):
+    """Train `model` with off-policy KD, on-policy KD and an online preference in every step.
+
+    Args:
+        model: a causal LM, or its name or path (loaded in float32 unless `args.model_init_kwargs`
+            says otherwise).
+        teacher_model: a causal LM with the same vocabulary, or its name or path; default
+            `args.teacher_model_name_or_path`. Not loaded where no signal needs it.
+        args: a `DuDiConfig`.
+        train_dataset, eval_dataset: datasets with `prompt` and `completion` (text or messages), or
+            `messages`; optionally `language` and the verbalizer's fields.
+        processing_class: the tokenizer; default the model's own.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: wraps the student in an adapter (`peft`).
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: DuDiConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ):
+        args = args if args is not None else DuDiConfig(output_dir="dudi-output")
+        tokenizer = processing_class or self._own_tokenizer(model)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
+        student = load_model(model, {"dtype": torch.float32, **(args.model_init_kwargs or {})})
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
+        teacher = self._load_teacher(teacher_model, args)
+        self._check_models(student, teacher)
+        if args.disable_dropout:
+            disable_dropout(student)
+
+        self.data_counts: dict[str, dict[str, int]] = {}
+        self.verbalizer = self._make_verbalizer(args, train_dataset)
+        train_dataset = self._prepare(train_dataset, tokenizer, args, "train")
+        eval_dataset = self._prepare(eval_dataset, tokenizer, args, "eval")
+        self._continuity = Continuity()
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=DuDiCollator(tokenizer.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(), self._continuity, *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.args: DuDiConfig
+        self._continuity.trainer = self
+        self.loss_is_scaled_for_ga = True  # our denominators are global already
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        needs_copy = args.preference_weight > 0 and args.reference in ("initial", "lagged")
+        self.reference = Reference(self.model) if needs_copy else None
+        self.meter = Meter()
+        self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
+
+    # ---- construction --------------------------------------------------------------------------
+
+    @staticmethod
+    def _own_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        if not name:
+            raise ValueError("processing_class must be given: the model does not name a tokenizer")
+        return AutoTokenizer.from_pretrained(name)
+
+    @staticmethod
+    def _load_teacher(teacher_model: Any, args: DuDiConfig) -> Any:
+        if not args.needs_teacher:
+            return None
+        source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if source is None:
+            raise ValueError(
+                "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
+                f"{args.off_policy_weight} and on_policy_weight={args.on_policy_weight} with "
+                f"reference={args.reference!r} need a teacher; set both weights to 0 and "
+                "ce_weight to 1 to train without one"
+            )
+        return load_model(source, args.teacher_model_init_kwargs)
+
+    @staticmethod
+    def _check_models(student: Any, teacher: Any) -> None:
+        LMHead.check(student)
+        if teacher is not None:
+            LMHead.check(teacher)
+            check_vocabularies(lm_head(student), lm_head(teacher))
+
+    @staticmethod
+    def _make_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
+        columns = set(getattr(dataset, "column_names", None) or ())
+        wanted = args.context_verbalizer
+        if wanted is None:
+            wanted = "language" in columns and bool(columns & set(CONTEXT_FIELDS))
+        if not wanted or not args.needs_teacher:
+            return None
+        return ContextVerbalizer(args.verbalizer_templates)
+
+    def _prepare(self, dataset: Any, tokenizer: Any, args: DuDiConfig, split: str) -> Any:
+        if dataset is None or "completion_ids" in dataset.column_names:
+            return dataset
+        prepared, counts = prepare_dataset(
+            dataset,
+            tokenizer,
+            verbalizer=self.verbalizer,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            overlong=args.overlong,
+            split_name=split,
+        )
+        self.data_counts[split] = counts
+        return prepared
+
+    # ---- sampling and packing ------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of one optimizer step, with y- drawn and all denominators known."""
+        if self.args.reference == "lagged" and self.reference is not None:
+            step = self.state.global_step
+            if step > 0 and step % self.args.reference_sync_steps == 0:
+                self.reference.refresh(self.model)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        micro = [self._micro_batch(batch, i) for i, batch in enumerate(batches)]
+        if not micro:
+            return [], None
+        totals = torch.stack([m.counts for m in micro]).sum(0)
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(device), "sum").cpu()
+        for m in micro:
+            m.totals = totals
+        self._log_completions(micro[0])
+        return [{"batch": m} for m in micro], int(totals[0])
+
+    def _micro_batch(self, batch: dict[str, Tensor], index: int) -> MicroBatch:
+        batch = {name: tensor.cpu() for name, tensor in batch.items()}
+        prompts = _unpad(batch, "prompt")
+        rollout = self._sample(prompts, index) if self.args.needs_samples else None
+        responses = {0: _unpad(batch, "completion")} if self._needs_given else {}
+        if rollout is not None:
+            responses[1] = rollout.completions
+        order = [(i, side) for i in range(len(prompts)) for side in responses]
+        texts = [responses[side][i] for i, side in order]
+        segments = [2 * i + side for i, side in order]
+        pad = self.processing_class.pad_token_id
+        teacher = None
+        if self.teacher is not None:
+            seen = _unpad(batch, "teacher_prompt")
+            teacher = pack([seen[i] for i, _ in order], texts, pad, segments=segments)
+        rows_given, rows_drawn = (sum(map(len, responses.get(side, []))) for side in (0, 1))
+        counts = torch.tensor([rows_given, rows_drawn, len(prompts)], dtype=torch.float32)
+        return MicroBatch(
+            student=pack([prompts[i] for i, _ in order], texts, pad, segments=segments),
+            teacher=teacher,
+            rows=batch["row"].tolist(),
+            rollout=rollout,
+            prompts=prompts,
+            counts=counts,
+            totals=counts,
+        )
+
+    @property
+    def _needs_given(self) -> bool:
+        """Whether any signal reads the given responses y+."""
+        a = self.args
+        return a.off_policy_weight > 0 or a.ce_weight > 0 or a.preference_weight > 0
+
+    def _sample(self, prompts: list[Tensor], index: int) -> Rollout:
+        """Draw y-; the seed depends on run, step, micro-batch and rank only."""
+        position = self.state.global_step * self.args.gradient_accumulation_steps + index
+        seed = (self.args.seed, position, self.accelerator.process_index)
+        rollout = generate(
+            self.accelerator.unwrap_model(self.model),
+            prompts,
+            max_completion_length=self.args.max_completion_length,
+            eos_token_id=self.processing_class.eos_token_id,
+            pad_token_id=self.processing_class.pad_token_id,
+            temperature=self.args.rollout_temperature,
+            top_p=self.args.top_p,
+            top_k=self.args.top_k,
+            seed=hash(seed) % 2**63,
+        )
+        lengths = [len(c) for c in rollout.completions]
+        clipped = rollout.finish_reasons.count("length")
+        self.meter.add("completions/mean_length", sum(lengths), len(lengths))
+        self.meter.add("completions/clipped_ratio", clipped, len(lengths))
+        return rollout
+
+    # ---- the loss ------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # micro-batches move to the device in compute_loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        batch: MicroBatch = inputs["batch"]
+        device = self.accelerator.device
+        student = Packed(*(t.to(device) for t in batch.student))
+        with self.accelerator.autocast():
+            teacher_hidden, teacher_head = self._teacher_side(batch, device)
+            reference = self._reference_log_prob(student)
+            module = self.accelerator.unwrap_model(model)
+
+            def forward() -> Any:
+                return self._signals(module, student, teacher_hidden, teacher_head, reference, batch)
+
+            with redirected_forward(module, forward):
+                output = model()
+        self._stop_if_not_finite(output.loss, batch)
+        self._record(output, student, batch)
+        loss = output.loss * self.accelerator.num_processes  # DDP and FSDP average over ranks
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher_side(self, batch: MicroBatch, device: torch.device) -> tuple[Any, Any]:
+        if batch.teacher is None:
+            return None, None
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        packed = Packed(*(t.to(device) for t in batch.teacher))
+        return response_hidden(teacher, packed), lm_head(teacher)
+
+    @torch.no_grad()
+    def _reference_log_prob(self, packed: Packed) -> Tensor | str | None:
+        """(S,) log-probabilities of each response under the reference policy."""
+        if self.args.preference_weight == 0 or self.args.reference == "none":
+            return None
+        if self.reference is None:
+            return "teacher"
+        module = self.accelerator.unwrap_model(self.model)
+        with self.reference.applied(module):
+            hidden = response_hidden(module, packed)
+            return sequence_log_prob(
+                hidden,
+                lm_head(module),
+                packed.targets,
+                packed.segment_ids,
+                memory_budget=self.args.memory_budget,
+            )
+
+    def _signals(
+        self,
+        module: nn.Module,
+        packed: Packed,
+        teacher_hidden: Tensor | None,
+        teacher_head: LMHead | None,
+        reference: Tensor | str | None,
+        batch: MicroBatch,
+    ) -> Any:
+        a = self.args
+        off_divergence, on_divergence, beta = a.kd_divergences
+        off_rows, on_rows, pairs = batch.totals.tolist()
+        return linear_dudi_loss(
+            response_hidden(module, packed),
+            lm_head(module),
+            teacher_hidden,
+            teacher_head,
+            packed.targets,
+            packed.segment_ids,
+            off_policy_weight=a.off_policy_weight,
+            on_policy_weight=a.on_policy_weight,
+            preference_weight=a.preference_weight,
+            ce_weight=a.ce_weight,
+            off_policy_divergence=off_divergence,
+            on_policy_divergence=on_divergence,
+            beta=beta,
+            alpha=a.alpha,
+            temperature=a.temperature,
+            preference_beta=a.preference_beta,
+            preference_length_power=a.preference_length_power,
+            reference_log_prob=reference,
+            off_policy_rows=off_rows,
+            on_policy_rows=on_rows,
+            pairs=pairs,
+            memory_budget=a.memory_budget,
+        )
+
+    def _stop_if_not_finite(self, loss: Tensor, batch: MicroBatch) -> None:
+        if torch.isfinite(loss):
+            return
+        good = last_checkpoint(self.args.output_dir)
+        raise NonFiniteLossError(
+            f"loss is {loss.item()} at step {self.state.global_step + 1}, dataset rows "
+            f"{batch.rows}; no step was taken. "
+            + (f"The last good checkpoint is {good}." if good else "There is no checkpoint yet.")
+        )
+
+    # ---- metrics -------------------------------------------------------------------------------
+
+    def _record(self, output: Any, packed: Packed, batch: MicroBatch) -> None:
+        a, add = self.args, self.meter.add
+        share = 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        parts = {
+            "off_policy_loss": (a.off_policy_weight, output.off_policy_loss),
+            "on_policy_loss": (a.on_policy_weight, output.on_policy_loss),
+            "preference_loss": (a.preference_weight, output.preference_loss),
+            "ce_loss": (a.ce_weight, output.ce_loss),
+        }
+        for name, (weight, value) in parts.items():
+            if weight > 0:
+                add(name, value, share)  # parts sum over micro-batches and ranks
+        add("entropy", output.entropy.sum(), len(output.entropy))
+        self._count_tokens(packed)
+        chosen, rejected = output.log_probs[0::2], output.log_probs[1::2]
+        pairs = len(batch.rows)
+        if self._needs_given:
+            add("logps/chosen", chosen.sum(), pairs)
+        if batch.rollout is not None:
+            add("logps/rejected", rejected.sum(), pairs)
+        if a.preference_weight > 0:
+            lengths = torch.bincount(packed.segment_ids, minlength=2 * pairs).clamp(min=1)
+            gain = (output.log_probs - output.reference_log_probs) * a.preference_beta
+            rewards = gain / lengths**a.preference_length_power
+            margins = rewards[0::2] - rewards[1::2]
+            add("rewards/chosen", rewards[0::2].sum(), pairs)
+            add("rewards/rejected", rewards[1::2].sum(), pairs)
+            add("rewards/margins", margins.sum(), pairs)
+            add("rewards/accuracies", (margins > 0).float().sum(), pairs)
+
+    def _count_tokens(self, packed: Packed) -> None:
+        tokens = packed.attention_mask.sum()
+        if self.accelerator.num_processes > 1:
+            tokens = self.accelerator.reduce(tokens, "sum")
+        self.state.num_input_tokens_seen += int(tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.meter.drain(self.accelerator)
+            logs["num_tokens"] = float(self.state.num_input_tokens_seen)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x parameters x tokens of the student's forward and backward."""
+        batch: MicroBatch = inputs["batch"]
+        return 6 * sum(p.numel() for p in self.model.parameters()) * batch.student.num_tokens
+
+    def _log_completions(self, batch: MicroBatch) -> None:
+        a = self.args
+        due = (self.state.global_step + 1) % max(1, int(a.logging_steps)) == 0
+        if not (a.log_completions and due and batch.rollout and self.is_world_process_zero()):
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        decode = self.processing_class.decode
+        table = Table("prompt", "completion", "end", title=f"step {self.state.global_step + 1}")
+        shown = zip(batch.prompts, batch.rollout.completions, batch.rollout.finish_reasons, strict=True)
+        for prompt, completion, reason in list(shown)[: a.num_completions_to_print]:
+            table.add_row(decode(prompt, skip_special_tokens=True), decode(completion), reason)
+        Console().print(table)
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out NLL and divergence from the teacher, overall and for each language."""
+        from dudi.evaluate import evaluate_model
+
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset must be given, here or to the trainer")
+        dataset = self._prepare(dataset, self.processing_class, self.args, metric_key_prefix)
+        result = evaluate_model(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            dataset,
+            teacher=self.teacher,
+            batch_size=self.args.per_device_eval_batch_size,
+            generate=False,
+        )
+        figures = {k: v for k, v in result.mean.items() if k.startswith(("nll", "kl")) and v == v}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
+        metrics[f"{metric_key_prefix}_loss"] = figures["nll_per_token"]
+        for language, values in result.languages.items():
+            metrics[f"{metric_key_prefix}_{language}_nll_per_char"] = values["nll_per_char"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint.
+
+        The first Ctrl-C finishes the step and saves a checkpoint; `self.interrupted` is then True.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given")
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+            if self.reference is not None:
+                self.reference.load(checkpoint)
+            self._window = json.loads((checkpoint / WINDOW_FILE).read_text(encoding="utf-8"))
+        self._continuity.install()
+        try:
+            return super().train(str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            self._continuity.remove()
+
+    def check_resumable(self) -> None:
+        """Raise what `train(resume_from_checkpoint=True)` would, before anything else is done."""
+        checkpoint = self._checkpoint_to_resume(True)
+        assert checkpoint is not None
+        self._check_checkpoint(checkpoint)
+
+    @property
+    def interrupted(self) -> bool:
+        return self._continuity.requested
+
+    def any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag)).to(self.args.device), "sum"))
+
+    def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
+        if not resume:
+            return None
+        if resume is not True:
+            folder = Path(resume)
+            if not is_whole(folder):
+                raise ValueError(f"resume_from_checkpoint={resume!r} is not a whole checkpoint")
+            return folder
+        found = last_checkpoint(self.args.output_dir)
+        if found is None:
+            raise ValueError(f"there is no whole checkpoint in {self.args.output_dir} to resume from")
+        return found
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another model or another recipe, before anything is loaded."""
+        path = checkpoint / CONFIG_FILE
+        if not path.exists():
+            raise ValueError(f"{checkpoint} was not written by DuDiTrainer: it has no {CONFIG_FILE}")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        wrong = shape_mismatches(causal_lm(self.model).config, checkpoint)
+        wrong += resume_mismatches(saved, to_public_dict(self.args))
+        if wrong:
+            raise ValueError(f"{checkpoint} does not match this run: " + "; ".join(wrong))
+
+    def restore_window(self) -> None:
+        """Go on with the log window that the checkpoint cut in two."""
+        if self._window is not None:
+            self._tr_loss += self._window["loss"]
+            self._globalstep_last_logged = self._window["last_logged"]
+            self.meter.load(self._window["meter"], self.accelerator.num_processes)
+            self._window = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        loss = self._tr_loss.detach().clone()
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        self._window_to_save = {
+            "loss": loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "meter": self.meter.state(self.accelerator),
+        }
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # peft: no hub to compare the base with
+            super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save and folder.name.startswith("checkpoint-"):
+            write_text(folder / CONFIG_FILE, json.dumps(to_public_dict(self.args), indent=1))
+            write_text(folder / WINDOW_FILE, json.dumps(self._window_to_save))
+            if self.reference is not None:
+                self.reference.save(folder)
+
+
+def _unpad(batch: dict[str, Tensor], name: str) -> list[Tensor]:
+    """The rows of a padded (B, T) tensor at their own lengths."""
+    pairs = zip(batch[f"{name}_ids"], batch[f"{name}_mask"].bool(), strict=True)
+    return [ids[mask] for ids, mask in pairs]

@@ -1,0 +1,271 @@
+"""The context verbalizer: what the teacher reads in place of the student's prompt.
+
+The teacher scores the student's response tokens, but under a prompt that the student does not see:
+the same item in a pivot language, its reference answer, other privileged context, and an
+instruction in the target language. One jinja2 template per language says how a row becomes that
+prompt. Values are data: they are never parsed as templates, so `\\boxed{}` and `{{` come out as
+they went in. Templates run sandboxed, since they may come from somebody else's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+FIELDS = ("prompt", "completion", "pivot_prompt", "pivot_completion", "privileged_context")
+CONTEXT_FIELDS = ("pivot_prompt", "pivot_completion", "privileged_context")
+LANGUAGE_NAMES = {
+    "en": "English",
+    "id": "Indonesian",
+    "ms": "Malay",
+    "vi": "Vietnamese",
+    "th": "Thai",
+    "fil": "Filipino",
+    "my": "Burmese",
+    "km": "Khmer",
+    "lo": "Lao",
+    "ta": "Tamil",
+    "jv": "Javanese",
+    "su": "Sundanese",
+}
+ALIASES = {"tl": "fil", "in": "id", "jw": "jv"}  # older and narrower codes of the same languages
+
+
+def _template(pivot: str, answer: str, context: str, instruction: str) -> str:
+    return (
+        "{{ prompt }}\n"
+        f"{{% if pivot_prompt %}}\n{pivot} {{{{ pivot_prompt }}}}\n{{% endif %}}\n"
+        f"{{% if pivot_completion %}}\n{answer} {{{{ pivot_completion }}}}\n{{% endif %}}\n"
+        f"{{% if privileged_context %}}\n{context} {{{{ privileged_context }}}}\n{{% endif %}}\n"
+        f"{instruction}"
+    )
+
+
+# "The same text in another language", "reference answer", "context", "answer in this language".
+DEFAULT_TEMPLATES: dict[str, str] = {
+    "en": _template(
+        "The same text in another language:",
+        "Reference answer:",
+        "Context:",
+        "Answer in English.",
+    ),
+    "id": _template(
+        "Teks yang sama dalam bahasa lain:",
+        "Jawaban acuan:",
+        "Konteks:",
+        "Jawab dalam bahasa Indonesia.",
+    ),
+    "ms": _template(
+        "Teks yang sama dalam bahasa lain:",
+        "Jawapan rujukan:",
+        "Konteks:",
+        "Jawab dalam bahasa Melayu.",
+    ),
+    "vi": _template(
+        "Văn bản này bằng ngôn ngữ khác:",
+        "Đáp án tham khảo:",
+        "Ngữ cảnh:",
+        "Hãy trả lời bằng tiếng Việt.",
+    ),
+    "th": _template(
+        "ข้อความเดียวกันในภาษาอื่น:",
+        "คำตอบอ้างอิง:",
+        "บริบท:",
+        "ตอบเป็นภาษาไทย",
+    ),
+    "fil": _template(
+        "Ang parehong teksto sa ibang wika:",
+        "Sangguniang sagot:",
+        "Konteksto:",
+        "Sumagot sa wikang Filipino.",
+    ),
+    "my": _template(
+        "အခြားဘာသာစကားဖြင့် တူညီသောစာ:",
+        "ကိုးကားရန် အဖြေ:",
+        "နောက်ခံအချက်အလက်:",
+        "မြန်မာဘာသာဖြင့် ဖြေပါ။",
+    ),
+    "km": _template(
+        "អត្ថបទដដែលជាភាសាផ្សេង៖",
+        "ចម្លើយយោង៖",
+        "បរិបទ៖",
+        "សូមឆ្លើយជាភាសាខ្មែរ។",
+    ),
+    "lo": _template(
+        "ຂໍ້ຄວາມດຽວກັນໃນພາສາອື່ນ:",
+        "ຄຳຕອບອ້າງອີງ:",
+        "ບໍລິບົດ:",
+        "ຕອບເປັນພາສາລາວ.",
+    ),
+    "ta": _template(
+        "இதே உரை வேறு மொழியில்:",
+        "மாதிரி விடை:",
+        "சூழல்:",
+        "தமிழில் பதிலளிக்கவும்.",
+    ),
+    "jv": _template(
+        "Teks sing padha ing basa liya:",
+        "Wangsulan rujukan:",
+        "Konteks:",
+        "Wangsulana nganggo basa Jawa.",
+    ),
+    "su": _template(
+        "Téks nu sarua dina basa séjén:",
+        "Jawaban rujukan:",
+        "Kontéks:",
+        "Jawab dina basa Sunda.",
+    ),
+}
+
+
+class _AbsentField(Exception):
+    """A template printed a field that the row lacks: better an error than the word None."""
+
+
+def _refuse_none(value: Any) -> Any:
+    if value is None:
+        raise _AbsentField
+    return value
+
+
+def _environment() -> jinja2.Environment:
+    return ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined,
+        finalize=_refuse_none,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+
+
+def _normalise(language: str) -> str:
+    return language.strip().lower().replace("_", "-")
+
+
+class ContextVerbalizer:
+    """Renders the teacher's prompt for a row. Replaces, for each row and by hand,
+
+        text = prompt + "\\n" + label_in(language) + pivot_prompt + "\\n" + answer_in(language)
+
+    Templates see `prompt` and `completion` (text), `language`, `language_name` (in English),
+    `pivot_prompt`, `pivot_completion`, `privileged_context` (None where the row has none, so that
+    `{% if pivot_prompt %}` works) and every other column of the row by its name.
+
+    templates: overrides and additions to `DEFAULT_TEMPLATES`, by language code.
+    Raises ValueError naming the language and line of a template that is not valid jinja2.
+    """
+
+    def __init__(self, templates: Mapping[str, str] | None = None) -> None:
+        if templates is not None and not isinstance(templates, Mapping):
+            raise TypeError(
+                "templates must map language codes to jinja2 templates, "
+                f"got {type(templates).__name__}"
+            )
+        self.templates = dict(DEFAULT_TEMPLATES)
+        for language, source in (templates or {}).items():
+            if not isinstance(language, str) or not isinstance(source, str):
+                raise TypeError(
+                    "templates must map language codes (str) to jinja2 templates (str), "
+                    f"got {language!r}: {type(source).__name__}"
+                )
+            code = _normalise(language)
+            self.templates[ALIASES.get(code, code)] = source
+        self._compile()
+
+    def _compile(self) -> None:
+        environment = _environment()
+        self._compiled: dict[str, jinja2.Template] = {}
+        for language, source in self.templates.items():
+            try:
+                self._compiled[language] = environment.from_string(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(
+                    f"the verbalizer's template for language {language!r} is not valid jinja2: "
+                    f"line {error.lineno}: {error.message}"
+                ) from None
+
+    def __getstate__(self) -> dict[str, str]:
+        # compiled templates neither pickle nor hash: workers and fingerprints get the sources
+        return self.templates
+
+    def __setstate__(self, templates: dict[str, str]) -> None:
+        self.templates = templates
+        self._compile()
+
+    @property
+    def languages(self) -> list[str]:
+        """Codes that have a template."""
+        return sorted(self.templates)
+
+    def resolve(self, language: str) -> str:
+        """The code whose template serves `language`: itself, its alias, or without its subtags.
+
+        Raises ValueError that names the language and lists those that have a template.
+        """
+        code = _normalise(language) if isinstance(language, str) else ""
+        while code:
+            for candidate in (code, ALIASES.get(code, code)):
+                if candidate in self.templates:
+                    return candidate
+            code = code.rpartition("-")[0]
+        raise ValueError(
+            f"language must have a verbalizer template, got {language!r}; there are templates for "
+            f"{', '.join(self.languages)}; add one as verbalizer_templates: {{{language}: ...}}"
+        )
+
+    def render(self, row: Mapping[str, Any], language: str) -> str:
+        """The teacher's prompt for `row`, as text.
+
+        `prompt` and `completion` in the row are texts (of a conversation: its last user turn).
+        Raises ValueError for a language without a template, and for a template that fails: the
+        message names the field; `data.prepare_dataset` adds the row.
+        """
+        code = self.resolve(language)
+        fields = _fields(row, language, code)
+        template = self._compiled[code]
+        try:
+            return template.render(fields).rstrip("\n")
+        except _AbsentField:
+            names = _absent_and_printed(template, fields)
+            raise ValueError(
+                f"the verbalizer's template for language {code!r} prints {' and '.join(names)}, "
+                "which the row does not have; guard it with {% if ... %}"
+            ) from None
+        except jinja2.UndefinedError as error:
+            raise ValueError(
+                f"the verbalizer's template for language {code!r} uses an unknown field: "
+                f"{error.message}; the row has {', '.join(sorted(fields))}"
+            ) from None
+        except Exception as error:  # whatever a filter or an expression in a template raises
+            raise ValueError(
+                f"the verbalizer's template for language {code!r} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _fields(row: Mapping[str, Any], language: str, code: str) -> dict[str, Any]:
+    fields = dict.fromkeys(FIELDS)
+    fields.update(row)
+    fields["language"] = language
+    fields["language_name"] = row.get("language_name") or LANGUAGE_NAMES.get(code, code)
+    for name in CONTEXT_FIELDS:  # an empty string is no context either
+        fields[name] = fields[name] or None
+    return fields
+
+
+def _absent_and_printed(template: jinja2.Template, fields: Mapping[str, Any]) -> list[str]:
+    """Fields whose None makes the template fail: None alone among empty strings still fails."""
+    absent = [name for name, value in fields.items() if value is None]
+    culprits = []
+    for name in absent:
+        trial = {**fields, **dict.fromkeys(absent, ""), name: None}
+        try:
+            template.render(trial)
+        except _AbsentField:
+            culprits.append(repr(name))
+        except Exception:
+            continue
+    return culprits or ["a value that is None"]

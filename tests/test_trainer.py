@@ -1,0 +1,302 @@
+"""The trainer against what its formulas say: signals, denominators, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from dudi.callbacks import read_jsonl
+from dudi.trainer import DuDiTrainer, NonFiniteLossError
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+
+def make(folder: Any, callbacks: Any = None, **settings: Any) -> DuDiTrainer:
+    config = tiny.config(folder, **settings)
+    return DuDiTrainer(
+        tiny.model(0),
+        tiny.model(1) if config.needs_teacher else None,
+        args=config,
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The logged steps without the figures that are clock readings."""
+    return [r for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r]
+
+
+def naive_losses(trainer: DuDiTrainer, batch: Any) -> dict[str, torch.Tensor]:
+    """The three signals from dense logits, one sequence at a time, in float64."""
+    a = trainer.args
+    student, teacher = trainer.model.double(), trainer.teacher.double()
+    packed, seen = batch.student, batch.teacher
+    start = 0
+    off, on, given, drawn = [], [], [], []
+    for i in range(len(packed.input_ids)):
+        rows = int(packed.row_mask[i].sum())
+        y = packed.targets[start : start + rows]
+        start += rows
+        lq = student(packed.input_ids[i : i + 1]).logits[0][packed.row_mask[i]].log_softmax(-1)
+        lp = teacher(seen.input_ids[i : i + 1]).logits[0][seen.row_mask[i]].log_softmax(-1)
+        ours, theirs = lq.gather(1, y[:, None]).sum(), lp.gather(1, y[:, None]).sum()
+        if i % 2 == 0:
+            off.append((lp.exp() * (lp - lq)).sum(-1))
+            given.append((ours, theirs, rows))
+        else:
+            on.append((lq.exp() * (lq - lp)).sum(-1))
+            drawn.append((ours, theirs, rows))
+    gains = [
+        (c - rc) / n**a.preference_length_power - (r - rr) / m**a.preference_length_power
+        for (c, rc, n), (r, rr, m) in zip(given, drawn, strict=True)
+    ]
+    return {
+        "off_policy_loss": torch.cat(off).mean(),
+        "on_policy_loss": torch.cat(on).mean(),
+        "preference_loss": -F.logsigmoid(a.preference_beta * torch.stack(gains)).mean(),
+    }
+
+
+@pytest.mark.parametrize("length_power", [0, 1])
+def test_step_equals_dense_formulas(tmp_path: Path, length_power: int) -> None:
+    """Values and the gradient of one whole step, the teacher under its own (verbalized) prompt."""
+    trainer = make(tmp_path, reference="teacher", preference_length_power=length_power)
+    assert trainer.verbalizer is not None
+    iterator = iter(trainer.get_train_dataloader())
+    (inputs,), _ = trainer.get_batch_samples(iterator, 1, torch.device("cpu"))
+    batch = inputs["batch"]
+    assert not torch.equal(batch.student.input_ids, batch.teacher.input_ids)
+    trainer.current_gradient_accumulation_steps = 1
+    loss, output = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    loss.backward()
+    got = {n: p.grad.double() for n, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+
+    want = naive_losses(trainer, batch)
+    total = want["off_policy_loss"] + want["on_policy_loss"] + 0.5 * want["preference_loss"]
+    total.backward()
+    for name, value in want.items():
+        assert getattr(output, name).item() == pytest.approx(value.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
+    for name, parameter in trainer.model.named_parameters():
+        error = (got[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-4, name
+
+
+def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    """Every mean is over the global batch, however it is cut into micro-batches."""
+    finals = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        folder = tmp_path / str(size)
+        trainer = make(
+            folder,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            on_policy_weight=0.0,
+            preference_weight=0.0,  # samples depend on the micro-batch they are drawn in
+            optim="sgd",
+            max_grad_norm=0.0,
+            max_steps=2,
+        )
+        trainer.train()
+        finals.append([losses(folder)[-1]["off_policy_loss"], *map(float, _norms(trainer.model))])
+    assert finals[0] == pytest.approx(finals[1], rel=1e-5)
+
+
+def _norms(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().double().norm() for p in model.parameters()]
+
+
+def test_same_seed_same_losses(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make(tmp_path / name).train()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("reference", ["initial", "lagged"])
+def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) -> None:
+    """Also in the middle of a log window and past a refresh of the lagged reference."""
+    settings = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 2,
+        "reference": reference,
+        "reference_sync_steps": 2,
+    }
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    make(tmp_path / "cut", callbacks=[Stop()], **settings).train()
+    resumed = make(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
+    class Press(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    make(tmp_path / "whole").train()
+    trainer = make(tmp_path / "cut", callbacks=[Press()])
+    trainer.train()
+    assert trainer.interrupted and trainer.state.global_step == 2
+    assert (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").exists()
+    resumed = make(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert not resumed.interrupted
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No samples without a signal that needs them; no teacher for plain cross-entropy."""
+    monkeypatch.setattr("dudi.trainer.generate", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr("dudi.trainer.load_model", _no_strings)
+    off = {"on_policy_weight": 0.0, "preference_weight": 0.0}
+    make(tmp_path / "off", max_steps=1, **off).train()
+    plain = DuDiTrainer(
+        tiny.model(0),
+        "a/teacher/that/is/not/there",
+        args=tiny.config(tmp_path / "ce", max_steps=1, off_policy_weight=0, ce_weight=1, **off),
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(),
+    )
+    plain.train()
+    assert plain.teacher is None
+    assert losses(tmp_path / "ce")[0]["loss"] == pytest.approx(
+        losses(tmp_path / "ce")[0]["ce_loss"], rel=1e-5
+    )
+
+
+def _no_strings(model: Any, kwargs: Any) -> Any:
+    assert not isinstance(model, str), "loaded a model that nothing needs"
+    return model
+
+
+def test_logged_metrics(tmp_path: Path) -> None:
+    make(tmp_path, ce_weight=0.1).train()
+    wanted = {
+        "loss", "entropy", "num_tokens", "grad_norm", "learning_rate",
+        "completions/mean_length", "completions/clipped_ratio",
+        "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+        "logps/chosen", "logps/rejected",
+        "off_policy_loss", "on_policy_loss", "preference_loss", "ce_loss",
+    }  # fmt: skip
+    for record in losses(tmp_path):
+        assert wanted <= record.keys()
+        parts = record["off_policy_loss"] + record["on_policy_loss"]
+        parts += 0.5 * record["preference_loss"] + 0.1 * record["ce_loss"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-4)
+    assert losses(tmp_path)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # pi = reference
+
+
+def test_checkpoint_loads_with_from_pretrained(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    for a, b in zip(loaded.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_peft_trains_the_adapter_only(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    trainer = DuDiTrainer(
+        tiny.model(0),
+        tiny.model(1),
+        args=tiny.config(tmp_path, max_steps=2, save_strategy="steps", save_steps=2),
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert trainer.reference is not None
+    assert all("lora_" in name for name in trainer.reference.weights)
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert losses(tmp_path)[1]["rewards/margins"] != 0
+
+
+def test_non_finite_loss_stops_and_names_step_and_rows(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                kwargs["model"].model.norm.weight.data.fill_(float("nan"))
+
+    trainer = make(
+        tmp_path, callbacks=[Poison()], save_strategy="steps", save_steps=1, reference="teacher"
+    )
+    with pytest.raises(NonFiniteLossError, match=r"step 3, dataset rows \[.*checkpoint-2"):
+        trainer.train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(torch.isfinite(p).all() for p in loaded.parameters())
+
+
+def test_refuses_other_vocabulary(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"16384.*16400"):
+        DuDiTrainer(
+            tiny.model(0),
+            tiny.model(1, vocab=16_400),
+            args=tiny.config(folder),
+            train_dataset=tiny.rows(),
+            processing_class=tiny.tokenizer(),
+        )
+    assert not folder.exists()
+
+
+def test_refuses_missing_teacher(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="teacher_model"):
+        DuDiTrainer(
+            tiny.model(0),
+            args=tiny.config(tmp_path / "run"),
+            train_dataset=tiny.rows(),
+            processing_class=tiny.tokenizer(),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"learning_rate": 5e-4}, "learning_rate"), ({"reference": "lagged"}, "reference")],
+)
+def test_refuses_checkpoint_of_another_recipe(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, **saving).train()
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **(saving | change)).train(resume_from_checkpoint=True)
+
+
+def test_refuses_half_written_checkpoint(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make(tmp_path, **saving).train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"half')
+    trainer = make(tmp_path, **saving)
+    trainer.train(resume_from_checkpoint=True)
+    assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    with pytest.raises(ValueError, match="whole checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_evaluate_reports_languages(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    metrics = trainer.evaluate(tiny.rows(12, "test"))
+    assert metrics["eval_kl_to_teacher"] > 0
+    assert "eval_th_nll_per_char" in metrics

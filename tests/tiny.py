@@ -1,0 +1,55 @@
+"""Tiny models, data and configs that the trainer's tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from dudi.config import DuDiConfig
+from dudi.demo_data import data_path, translation_rows
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+VOCAB = 16_384
+
+
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(data_path("tokenizer"))
+
+
+def model(seed: int = 0, width: int = 32, vocab: int = VOCAB) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(count: int = 24, split: str = "train") -> Dataset:
+    return Dataset.from_list(translation_rows(split)[:count])
+
+
+def config(output_dir: Any, **settings: Any) -> DuDiConfig:
+    defaults: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "max_completion_length": 8,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "preference_weight": 0.5,
+    }
+    return DuDiConfig(output_dir=str(output_dir), **(defaults | settings))
