@@ -12,20 +12,26 @@ import difflib
 import enum
 import json
 import math
+import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from dudi_kernels import DIVERGENCES
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from dudi_kernels import DIVERGENCES
+
 REFERENCES = ("initial", "lagged", "teacher", "none")
 OVERLONG = ("truncate", "drop")
+COUNTS = (
+    "reference_sync_steps", "max_prompt_length", "max_completion_length", "memory_budget",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 WEIGHTS = ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight")
 
 
@@ -39,7 +45,6 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-@lru_cache(maxsize=4)
 def field_types(cls: type) -> dict[str, Any]:
     """Field name -> type of a dataclass that can be constructed with it."""
     hints = typing.get_type_hints(cls)
@@ -47,19 +52,26 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def coerced(name: str, value: Any, wanted: Any) -> Any:
-    """`value` as the type that field `name` wants; numbers may come as text (YAML reads 5e-5 so)."""
-    members = set(typing.get_args(wanted)) or {wanted}
+    """`value` as the type that field `name` wants; numbers may come as text."""
+    members = _members(wanted)
     if isinstance(value, bool) and bool not in members and (members & {int, float, str}):
         if name == "fsdp":  # transformers takes True there, whatever its annotation says
             return value
         raise TypeError(f"{name} must be {_spelt(wanted)}, got {value!r}")
     if isinstance(value, enum.Enum) or (value is None and types.NoneType in members):
         return value
+    for choices in members:  # steps, cosine, adamw_torch and the like
+        if isinstance(choices, type) and issubclass(choices, enum.Enum) and isinstance(value, str):
+            _one_of(name, value, [choice.value for choice in choices])
     try:
         return TypeAdapter(wanted).validate_python(value)
     except ValidationError as error:
         kind = type(value).__name__
         raise TypeError(f"{name} must be {_spelt(wanted)}, got {value!r} ({kind})") from error
+
+
+def _members(wanted: Any) -> set[Any]:
+    return set(typing.get_args(wanted)) or {wanted}
 
 
 def _spelt(wanted: Any) -> str:
@@ -81,7 +93,7 @@ class DuDiConfig(TrainingArguments):
     logging_steps: float = _field(10, "Log every so many optimizer steps.")
     remove_unused_columns: bool = _field(False, "Must stay False: the columns are prepared here.")
     logging_nan_inf_filter: bool = _field(False, "A non-finite loss stops the run instead.")
-    report_to: None | str | list[str] = _field("tensorboard", "Where metrics go beside the file.")
+    report_to: str | list[str] | None = _field("tensorboard", "Where metrics go beside the file.")
 
     # models
     model_init_kwargs: dict[str, Any] | None = _field(
@@ -117,8 +129,8 @@ class DuDiConfig(TrainingArguments):
     )
     reference: str = _field(
         "initial",
-        "Reference policy of the preference: initial (the start), lagged (a snapshot refreshed every "
-        "reference_sync_steps), teacher, none.",
+        "Reference policy of the preference: initial (the start), lagged (a snapshot, refreshed "
+        "every reference_sync_steps), teacher, none.",
     )
     reference_sync_steps: int = _field(100, "Optimizer steps between refreshes of lagged.")
 
@@ -162,7 +174,6 @@ class DuDiConfig(TrainingArguments):
         self._check_signals()
         self._check_unsupported()
         super().__post_init__()
-        self._check_fsdp()
 
     # ---- what follows from the fields ----------------------------------------------------------
 
@@ -190,16 +201,19 @@ class DuDiConfig(TrainingArguments):
     # ---- checks --------------------------------------------------------------------------------
 
     def _check_ranges(self) -> None:
-        for name in WEIGHTS:
+        for name in field_types(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        for name in (*WEIGHTS, "learning_rate", "num_completions_to_print"):
             _between(name, getattr(self, name), 0, math.inf)
         for name in ("temperature", "rollout_temperature", "preference_beta"):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         _between("top_p", self.top_p, 0, 1, low_open=True)
         _between("top_k", self.top_k, 0, math.inf)
-        for name in ("reference_sync_steps", "max_prompt_length", "max_completion_length"):
+        for name in COUNTS:
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), 1, math.inf)
-        _between("memory_budget", self.memory_budget, 1, math.inf)
         if self.preference_length_power not in (0, 1):
             raise ValueError(
                 f"preference_length_power must be 0 or 1, got {self.preference_length_power}"
@@ -226,27 +240,34 @@ class DuDiConfig(TrainingArguments):
     def _check_unsupported(self) -> None:
         """Options of TrainingArguments that this trainer can't honour."""
         wanted: dict[str, Any] = {
-            "deepspeed": None,
             "remove_unused_columns": False,
             "use_liger_kernel": False,
             "label_smoothing_factor": 0.0,
             "torch_compile": False,
             "neftune_noise_alpha": None,
         }
-        why = {"deepspeed": "; use DDP or FSDP"}
         for name, value in wanted.items():
-            if getattr(self, name) not in (value, None):
-                raise ValueError(
-                    f"{name} must be {value}: DuDiTrainer does not support "
-                    f"{getattr(self, name)!r}{why.get(name, '')}"
-                )
-
-    def _check_fsdp(self) -> None:
+            given = getattr(self, name)
+            if given not in (value, None):
+                raise ValueError(f"{name} must be {value}: DuDiTrainer can't honour {given!r}")
+        if self.deepspeed is not None or _launched_with("DEEPSPEED"):
+            raise ValueError("DeepSpeed is not supported: use DDP or FSDP")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                "train_sampling_strategy must be random or sequential, got "
+                f"{self.train_sampling_strategy!r}"
+            )
         copied = self.preference_weight > 0 and self.reference in ("initial", "lagged")
-        if self.fsdp and copied:
+        if copied and (self.fsdp or _launched_with("FSDP")):
             raise ValueError(
                 f"reference={self.reference!r} is not supported under FSDP: use 'teacher' or 'none'"
             )
+
+
+def _launched_with(engine: str) -> bool:
+    """Whether `accelerate launch` chose this engine."""
+    chosen = os.environ.get(f"ACCELERATE_USE_{engine}", "false")
+    return chosen.lower() in ("1", "t", "true", "y", "yes", "on")
 
 
 def _between(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
@@ -301,6 +322,22 @@ class ScriptArguments:
             raise ValueError("dataset_name must be given")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
+        _between("lora_r", self.lora_r, 1, math.inf)
+        _between("lora_alpha", self.lora_alpha, 1, math.inf)
+        _between("lora_dropout", self.lora_dropout, 0, 1)
+        _between("eval_generate_rows", self.eval_generate_rows or 0, 0, math.inf)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats of its version 1.2, such as 5e-5, and None as another null."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -309,15 +346,15 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a mapping of options, got {type(loaded).__name__}")
     return loaded
 
 
-def read_overrides(words: list[str]) -> dict[str, Any]:
+def read_words(words: list[str], wanted: dict[str, Any]) -> dict[str, Any]:
     """`--name value` and `--name=value`; values as YAML reads them; a bare `--name` is true."""
     options: dict[str, Any] = {}
     position = 0
@@ -333,34 +370,54 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
                 position += 1
             else:
                 text = "true"
-        options[name.replace("-", "_")] = _yaml_value(text)
+        name = name.replace("-", "_")
+        options[name] = _value_of_text(text, wanted.get(name))
     return options
 
 
-def _yaml_value(text: str) -> Any:
+def _value_of_text(text: str, wanted: Any) -> Any:
+    """As YAML reads it, but text where text is wanted: `--run_name 007`."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
+    members = _members(wanted)
+    texts = str in members and bool not in members
+    return text if texts and value is not None and not isinstance(value, (list, dict)) else value
+
+
+def checked(options: dict[Any, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Every name known, every value of its type."""
+    for name in options:
+        if name not in wanted:
+            raise TypeError(f"unknown config key {name!r}{nearest(str(name), wanted)}")
+    return {name: coerced(name, value, wanted[name]) for name, value in options.items()}
 
 
 def parse(config_file: str | None, overrides: list[str]) -> tuple[ScriptArguments, DuDiConfig]:
     """A recipe file with overrides, as the command line gives them."""
     options = read_config_file(config_file) if config_file else {}
-    return from_options(options | read_overrides(overrides))
+    wanted = field_types(ScriptArguments) | field_types(DuDiConfig)
+    return from_options(options | read_words(overrides, wanted))
 
 
 def from_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:
     """Sort options into the two dataclasses; unknown ones are errors."""
     script, config = field_types(ScriptArguments), field_types(DuDiConfig)
-    for name in options:
-        if name not in script and name not in config:
-            raise TypeError(f"unknown config key {name!r}{nearest(name, [*script, *config])}")
-    if not options.get("output_dir"):
+    values = checked(options, script | config)
+    if not values.get("output_dir"):
         raise ValueError("output_dir must be given")
-    own = {k: v for k, v in options.items() if k in script}
-    rest = {k: coerced(k, v, config[k]) for k, v in options.items() if k in config}
+    own, rest = ({k: v for k, v in values.items() if k in names} for names in (script, config))
     return ScriptArguments(**own), DuDiConfig(**rest)
+
+
+def read_arguments(cls: type, words: list[str]) -> Any:
+    """A dataclass from command-line words; fields without a default must be among them."""
+    values = checked(read_words(words, field_types(cls)), field_types(cls))
+    for f in dataclasses.fields(cls):
+        if f.default is dataclasses.MISSING and f.name not in values:
+            raise ValueError(f"--{f.name} must be given")
+    return cls(**values)
 
 
 # ---- what a run records and what a resumed run must agree with -----------------------------------
@@ -368,8 +425,9 @@ def from_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:
 # May differ between a run and its resumption: where it writes, what it tells, when it saves.
 FREE_TO_CHANGE = (
     "output_dir", "run_name", "report_to", "logging_", "log_", "save_", "eval_", "hub_", "push_to",
-    "disable_tqdm", "dataloader_", "num_completions_to_print", "per_device_eval_batch_size",
-    "load_best", "metric_for", "greater_is_better", "include_", "skip_memory", "do_", "debug",
+    "disable_tqdm", "dataloader_num", "dataloader_p", "num_completions_to_print",
+    "per_device_eval_batch_size", "load_best", "metric_for", "greater_is_better", "include_",
+    "skip_memory", "do_", "debug",
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
 )  # fmt: skip
 
@@ -399,7 +457,11 @@ def resume_mismatches(saved: dict[str, Any], current: dict[str, Any]) -> list[st
     """Settings in which a checkpoint differs from the run that would go on from it."""
     names = sorted(n for n in saved.keys() | current.keys() if not n.startswith(FREE_TO_CHANGE))
     return [
-        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
+        f"{name} was {_told(saved, name)}, is {_told(current, name)}"
         for name in names
         if saved.get(name) != current.get(name)
     ]
+
+
+def _told(values: dict[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "the default"

@@ -221,10 +221,13 @@ def train_teacher(
     clear_run(folder)
     train_file = folder.with_name(folder.name + "-data") / "train.jsonl"
     write_jsonl(train_file, teacher_rows("train"))
+    validation_file = train_file.with_name("validation.jsonl")
+    write_jsonl(validation_file, translation_rows("validation"))
     settings = {
         **recipe("teacher"),
         "tokenizer_name_or_path": str(data_path("tokenizer")),
         "dataset_name": str(train_file),
+        "dataset_test_name": str(validation_file),
         "output_dir": str(folder),
         "seed": seed,
     }

@@ -30,7 +30,6 @@ from dudi.checkpoints import check_output_dir, clear_run
 from dudi.config import DuDiConfig, ScriptArguments, to_public_dict
 from dudi.data import load_data
 from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
-from dudi.report import write_report
 from dudi.trainer import DuDiTrainer, load_model
 
 
@@ -252,5 +251,7 @@ def run_training(
         evaluate_and_write(trainer, "after", script, console)
         console.print(evaluation_table(_read(folder / "evaluation.json")))
     if trainer.is_world_process_zero():
+        from dudi.report import write_report  # matplotlib, when there is something to draw
+
         console.print(f"Report: {write_report(folder)}")
     return folder

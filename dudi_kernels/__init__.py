@@ -1,13 +1,12 @@
 """Fused losses over an LM head that never hold (N, V) logits.
 
-Teacher-student divergences, token and sequence log-probabilities, entropy and cross-entropy straight
-from hidden states and head weights, and the three signals of DuDi in one sweep. See each function's
-docstring for the naive code that it replaces.
+Teacher-student divergences, token and sequence log-probabilities, entropy and cross-entropy
+straight from hidden states and head weights, and the three signals of DuDi in one sweep. See each
+function's docstring for the naive code that it replaces.
 """
 
 from dudi_kernels.api import (
     DistillLoss,
-    DuDiLoss,
     linear_cross_entropy,
     linear_distill_loss,
     linear_log_prob,
@@ -15,7 +14,7 @@ from dudi_kernels.api import (
 )
 from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead
-from dudi_kernels.three_signals import linear_dudi_loss
+from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 
 __all__ = [
     "DIVERGENCES",

@@ -1,60 +1,66 @@
-"""What the public functions accept: every refusal names the argument, what was wanted, what came."""
+"""What the public functions accept: a refusal names the argument, what was wanted and what came."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch import bool as torch_bool
 
-from dudi_kernels.divergences import DIVERGENCES, Divergence
-from dudi_kernels.head import LMHead, as_head
+from dudi_kernels.divergences import DIVERGENCES, Measure
+from dudi_kernels.head import FLOATS, LMHead, as_head
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Head = LMHead | Tensor
 
 
-def one_of(name: str, value: object, allowed: Any) -> None:
-    if value not in allowed:
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(str(value), list(allowed), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
 
 
-def number(name: str, value: float, low: float, high: float, open_ends: bool = False) -> None:
+def number(name: str, value: float, low: float, high: float, ends: bool = True) -> None:
+    """Within [low, high], or (low, high) without its ends."""
     if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
-    inside = low < value < high if open_ends else low <= value <= high
+    inside = low <= value <= high if ends else low < value < high
     if not inside:
-        brackets = "()" if open_ends else "[]"
-        raise ValueError(f"{name} must be in {brackets[0]}{low}, {high}{brackets[1]}, got {value}")
+        left, right = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
+        raise ValueError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
 
 
-def temperature(name: str, value: float) -> None:
-    number(name, value, 0, math.inf, open_ends=True)
+def temperature(value: float) -> None:
+    number("temperature", value, 0, math.inf, ends=False)
 
 
-def divergence(name: str, value: str, beta: float, alpha: float) -> tuple[Divergence, float | None]:
-    """The divergence and the teacher's share of its mixture."""
+def budget(value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"memory_budget must be a number of bytes, got {value!r}")
+
+
+def divergence(name: str, value: str, beta: float, alpha: float) -> Measure:
+    """The divergence of that name with its parameters."""
     one_of(name, value, DIVERGENCES)
     if value == "jsd":
-        number("beta", beta, 0, 1, open_ends=True)  # its limit at 0 is 0, not forward KL
+        number("beta", beta, 0, 1, ends=False)  # its limit at 0 is 0, not forward KL
     if value.startswith("skew"):
-        number("alpha", alpha, 0, 1, open_ends=True)
-    chosen = DIVERGENCES[value]
-    return chosen, chosen.teacher_share(beta, alpha)
+        number("alpha", alpha, 0, 1, ends=False)
+    return DIVERGENCES[value].measure(beta, alpha)
 
 
 class Rows(NamedTuple):
-    """One side's inputs, flattened and brought to one dtype."""
+    """One side's inputs, flattened."""
 
     hidden: Tensor  # (N, D)
     head: LMHead
-    shape: torch.Size  # what per-row outputs come back in
+    shape: tuple[int, ...]  # what per-row results come back in
 
 
-def side(who: str, hidden: Tensor, head: LMHead | Tensor) -> Rows:
+def side(who: str, hidden: Tensor, head: Head) -> Rows:
     """Check one side and flatten (..., D) to (N, D)."""
     name = f"{who}_hidden" if who else "hidden"
     head_name = f"{who}_head" if who else "head"
@@ -63,79 +69,85 @@ def side(who: str, hidden: Tensor, head: LMHead | Tensor) -> Rows:
     head = as_head(head, head_name)
     if hidden.ndim < 2:
         raise ValueError(f"{name} must have shape (..., D), got {tuple(hidden.shape)}")
-    for label, tensor in ((name, hidden), (head_name, head.weight)):
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{label} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if hidden.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {hidden.dtype}")
     if hidden.shape[-1] != head.width:
         raise ValueError(
             f"{name} must have width {head.width} as {head_name} has, got {hidden.shape[-1]}"
         )
     if hidden.device != head.weight.device:
-        raise ValueError(f"{name} is on {hidden.device}, {head_name} on {head.weight.device}")
-    return Rows(hidden.reshape(-1, hidden.shape[-1]), head, hidden.shape[:-1])
+        raise ValueError(
+            f"{name} must be on {head.weight.device} as {head_name} is, got {hidden.device}"
+        )
+    flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+    return Rows(flat, head, tuple(hidden.shape[:-1]))
 
 
-def same_rows(student: Rows, teacher: Rows) -> None:
-    if len(student.hidden) != len(teacher.hidden):
-        raise ValueError(
-            f"teacher_hidden must have as many rows as student_hidden, {len(student.hidden)}, "
-            f"got {len(teacher.hidden)}"
-        )
-    if student.hidden.device != teacher.hidden.device:
-        raise ValueError(
-            f"teacher_hidden is on {teacher.hidden.device}, student_hidden on {student.hidden.device}"
-        )
+def pair_of_sides(student: Rows, teacher: Rows) -> None:
+    rows, others = len(student.hidden), len(teacher.hidden)
+    if rows != others:
+        raise ValueError(f"teacher_hidden must have {rows} rows as student_hidden, got {others}")
+    device, other = student.hidden.device, teacher.hidden.device
+    if device != other:
+        raise ValueError(f"teacher_hidden must be on {device} as student_hidden is, got {other}")
     if student.head.vocab_size != teacher.head.vocab_size:
         raise ValueError(
-            "teacher and student must share a vocabulary: student_head has "
-            f"{student.head.vocab_size} rows, teacher_head {teacher.head.vocab_size}. If one "
-            "tokenizer's head is only padded, cut or resize one of them to the other's size"
+            "teacher_head must have the student's vocabulary: student_head has "
+            f"{student.head.vocab_size} rows, teacher_head {teacher.head.vocab_size}. If the "
+            "tokenizer is the same and a head is only padded, cut or resize one to the other's size"
         )
 
 
-def per_row(name: str, value: Tensor, rows: Rows) -> Tensor:
+def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Tensor:
     """A per-row argument, flattened; shapes (N,) and the leading shape both do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if tuple(value.shape) not in ((len(rows.hidden),), tuple(rows.shape)):
-        raise ValueError(f"{name} must have shape {tuple(rows.shape)}, got {tuple(value.shape)}")
+    if tuple(value.shape) not in ((len(rows.hidden),), rows.shape):
+        raise ValueError(f"{name} must have shape {rows.shape}, got {tuple(value.shape)}")
     if value.device != rows.hidden.device:
-        raise ValueError(f"{name} is on {value.device}, the hidden states on {rows.hidden.device}")
-    return value.reshape(-1)
+        raise ValueError(
+            f"{name} must be on {rows.hidden.device} as the hidden states are, got {value.device}"
+        )
+    if integers and (value.is_floating_point() or value.dtype == torch_bool):
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
+    flat = value.detach().reshape(-1)
+    return flat.long() if integers else flat.float()
+
+
+def _first(wrong: Tensor) -> int | None:
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
 
 def targets(value: Tensor, rows: Rows, ignore_index: int | None) -> Tensor:
     """(N,) int64 targets in range; the first bad one is named."""
-    flat = per_row("targets", value, rows)
-    if flat.is_floating_point() or flat.dtype == torch.bool:
-        raise TypeError(f"targets must be integers, got {flat.dtype}")
-    flat = flat.long()
+    flat = per_row("targets", value, rows, integers=True)
     wrong = (flat < 0) | (flat >= rows.head.vocab_size)
     if ignore_index is not None:
         wrong &= flat != ignore_index
-    if wrong.any():
-        i = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"targets must be in [0, {rows.head.vocab_size}) or ignore_index={ignore_index}, "
-            f"got {int(flat[i])} at row {i}"
-        )
+    if (i := _first(wrong)) is not None:
+        wanted = f"in [0, {rows.head.vocab_size})"
+        if ignore_index is not None:
+            wanted += f" or ignore_index={ignore_index}"
+        raise ValueError(f"targets must be {wanted}, got {int(flat[i])} at row {i}")
     return flat
 
 
 def token_weight(value: Tensor, rows: Rows) -> Tensor:
-    flat = per_row("token_weight", value, rows).float()
-    wrong = ~(flat >= 0)
-    if wrong.any():
-        i = int(wrong.nonzero()[0])
-        raise ValueError(f"token_weight must not be negative or NaN, got {float(flat[i])} at row {i}")
-    return flat.detach()
+    flat = per_row("token_weight", value, rows)
+    if (i := _first(~((flat >= 0) & (flat < math.inf)))) is not None:
+        raise ValueError(
+            f"token_weight must be finite and not negative, got {float(flat[i])} at row {i}"
+        )
+    return flat
 
 
 def segment_ids(value: Tensor, rows: Rows) -> Tensor:
-    flat = per_row("segment_ids", value, rows)
-    if flat.is_floating_point() or flat.dtype == torch.bool:
-        raise TypeError(f"segment_ids must be integers, got {flat.dtype}")
-    flat = flat.long()
-    if len(flat) and (int(flat[0]) < 0 or bool((flat[1:] < flat[:-1]).any())):
-        raise ValueError("segment_ids must be non-negative and must not decrease")
+    flat = per_row("segment_ids", value, rows, integers=True)
+    if (i := _first(flat < 0)) is not None:
+        raise ValueError(f"segment_ids must not be negative, got {int(flat[i])} at row {i}")
+    if (i := _first(flat[1:] < flat[:-1])) is not None:
+        raise ValueError(
+            f"segment_ids must not decrease, got {int(flat[i + 1])} after {int(flat[i])} "
+            f"at row {i + 1}"
+        )
     return flat

@@ -8,9 +8,15 @@ m = w p + (1 - w) q is the mixture that jsd and the skew divergences compare wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+FLOOR = -1e38  # stands for log 0, so that 0 * (lp - lq) is 0 and not NaN
+TINY = 2e-38  # keeps 0 / 0 out of the mixtures; the least normal fp32 is 1.2e-38
+
+Terms = Callable[..., "tuple[Any, Any]"]
 
 
 def forward_kl(p: Any, lp: Any, q: Any, lq: Any, m: Any, lm: Any, w: Any) -> tuple[Any, Any]:
@@ -47,21 +53,54 @@ def total_variation(p: Any, lp: Any, q: Any, lq: Any, m: Any, lm: Any, w: Any) -
     return sign * (q - p) * 0.5, q * sign * 0.5
 
 
-def no_mixture(beta: float, alpha: float) -> None:
+class Pole(NamedTuple):
+    """Whether phi and g are infinite where one side masks a token that the other gives mass."""
+
+    phi: bool
+    g: bool
+
+
+class Measure(NamedTuple):
+    """A divergence with its parameters: what a sweep needs of it."""
+
+    terms: Terms
+    share: float | None  # the teacher's, in the mixture; None: there is no mixture
+    student_masks: Pole
+    teacher_masks: Pole
+
+
+def _pole(terms: Terms, share: float | None, p: float, q: float) -> Pole:
+    """Find out by asking: one token, one side's mass 1 and the other's 0."""
+    lp, lq = (0.0 if mass else FLOOR for mass in (p, q))
+    m = TINY if share is None else max(share * p + (1 - share) * q, TINY)
+    phi, g = terms(p, lp, q, lq, m, math.log(m), share)
+    return Pole(*(not abs(value) < -FLOOR / 2 for value in (phi, g)))
+
+
+def _no_mixture(beta: float, alpha: float) -> None:
     return None
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence's terms and the teacher's share of its mixture (None: it has no mixture)."""
+    """A divergence's terms, and the teacher's share of its mixture from beta and alpha."""
 
-    terms: Callable[..., tuple[Any, Any]]
-    teacher_share: Callable[[float, float], float | None] = no_mixture
+    terms: Terms
+    teacher_share: Callable[[float, float], float | None] = _no_mixture
 
     def __call__(
         self, p: Any, lp: Any, q: Any, lq: Any, m: Any = None, lm: Any = None, w: Any = None
     ) -> tuple[Any, Any]:
         return self.terms(p, lp, q, lq, m, lm, w)
+
+    def measure(self, beta: float, alpha: float) -> Measure:
+        share = self.teacher_share(beta, alpha)
+        return Measure(
+            self.terms,
+            share,
+            student_masks=_pole(self.terms, share, p=1.0, q=0.0),
+            teacher_masks=_pole(self.terms, share, p=0.0, q=1.0),
+        )
 
 
 DIVERGENCES: dict[str, Divergence] = {

@@ -7,14 +7,31 @@ logits, so that a multiplier nobody knew of can't slip through.
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MAX_ERROR = 2e-2  # of the norm; bf16 logits of the model itself are off by less
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_ERROR = {torch.float32: 1e-3}  # of the norm, between check's logits and the model's
+MAX_ERROR_HALF = 2e-2  # the model rounds its own logits
+TENSORS = ("Tensor", "Parameter", "Buffer", "FakeTensor", "FunctionalTensor")
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+SCALING = "logits_scaling"  # a divisor, but for HyperCLOVA X
+LOOKS_LIKE_SHAPE = re.compile(
+    r"^(?!.*(attn|attention|router|init|mlp|expert)).*"
+    r"((logit|lm_head|output|vocab).*(scal|multipl|cap|mup|divi)|unpadded_vocab|(scal|cap).*logit)"
+)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class LMHead:
     """A projection onto the vocabulary.
 
@@ -25,37 +42,48 @@ class LMHead:
         logits = logits * scale
 
     Args:
-        weight: (V, D), floating point.
+        weight: (V, D), float32, bfloat16 or float16.
         bias: (V,) or None; `-inf` entries mask tokens.
         softcap: the bound of a tanh on the logits (Gemma), or None.
         scale: a factor on the logits (Cohere; Granite divides, so 1 / logits_scaling).
 
     Raises:
-        TypeError: weight or bias is not a floating-point tensor (quantised heads are not supported).
-        ValueError: shapes that don't fit, a softcap that is not positive, a scale that is not finite
-            or is 0.
+        TypeError: weight or bias is not a plain floating-point tensor (quantised and sharded heads
+            are not supported).
+        ValueError: shapes or devices that don't fit, a softcap that is not positive, a scale that
+            is not finite or is 0.
     """
 
-    __slots__ = ("bias", "scale", "softcap", "weight")
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
+    scale: float = 1.0
 
-    def __init__(
-        self,
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None = None,  # (V,)
-        softcap: float | None = None,
-        scale: float = 1.0,
-    ):
-        _check_weight(weight)
-        if bias is not None and tuple(bias.shape) != (len(weight),):
-            raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap}")
-        if scale == 0 or not abs(scale) < float("inf"):
-            raise ValueError(f"scale must be finite and not 0, got {scale}")
-        self.weight = weight
-        self.bias = bias
-        self.softcap = float(softcap) if softcap is not None else None
-        self.scale = float(scale)
+    def __post_init__(self) -> None:
+        _check_tensor("weight", self.weight)
+        if self.weight.ndim != 2 or not len(self.weight):
+            got = tuple(self.weight.shape)
+            raise ValueError(f"weight must have shape (V, D) with V > 0, got {got}")
+        if self.bias is not None:
+            _check_tensor("bias", self.bias)
+            if tuple(self.bias.shape) != (self.vocab_size,):
+                got = tuple(self.bias.shape)
+                raise ValueError(f"bias must have shape ({self.vocab_size},), got {got}")
+            if self.bias.device != self.weight.device:
+                raise ValueError(
+                    f"bias must be on {self.weight.device} as weight is, got {self.bias.device}"
+                )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite and not 0, got {self.scale}")
+
+    def __repr__(self) -> str:
+        bias = "no bias" if self.bias is None else "bias"
+        return (
+            f"LMHead({self.vocab_size} x {self.width}, {bias}, softcap={self.softcap}, "
+            f"scale={self.scale})"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -81,54 +109,49 @@ class LMHead:
     def from_model(cls, model: Any) -> LMHead:
         """Read the head of a transformers causal LM (or of a PEFT model around one).
 
-        Honours softcap (`final_logit_softcapping`), scale (`logit_scale`, `logits_scaling`,
-        `lm_head_multiplier`, `output_multiplier`) and bias.
+        Honours bias, softcap (`final_logit_softcapping` and its like), scale (`logit_scale`,
+        `logits_scaling`, `lm_head_multiplier`, `output_multiplier`) and peft's `modules_to_save`.
 
         Raises:
-            ValueError: the model has no head of this form: an encoder-decoder, no output embeddings,
-                an adapted (LoRA), quantised or sharded (DTensor) head.
+            TypeError: not such a model; a quantised or sharded (DTensor) head.
+            ValueError: the model has no head of this form: an encoder-decoder, no output
+                embeddings, a head adapted by LoRA, a setting that shapes logits in an unknown way.
         """
-        lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        lm = _causal_lm(model)
         name = type(lm).__name__
         if getattr(lm.config, "is_encoder_decoder", False):
             raise ValueError(f"model must be a decoder-only causal LM, got {name}")
         module = lm.get_output_embeddings()
-        module = getattr(module, "modules_to_save", {}).get("default", module)  # peft's saved copy
         if module is None:
             raise ValueError(f"model must have output embeddings, got {name} without any")
-        if hasattr(module, "lora_A"):
-            raise ValueError(
-                f"the head of {name} is adapted by LoRA, which is not supported yet: leave lm_head "
-                "out of target_modules, or train it whole with modules_to_save=['lm_head']"
-            )
+        module = _without_adapter(module, name)
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise ValueError(f"the head of {name} must be a linear layer, got {type(module).__name__}")
-        softcap, scale = _shape_of_logits(lm)
+        if not isinstance(weight, Tensor):
+            kind = type(module).__name__
+            raise ValueError(f"the head of {name} must be a linear layer, got {kind}")
+        softcap, scale = _shape_of_logits(lm.config.get_text_config(), name)
         return cls(weight, getattr(module, "bias", None), softcap, scale)
 
     @staticmethod
     def check(model: Any) -> None:
-        """Compare with the model's own logits on a few tokens.
+        """Compare with the model's own logits on four tokens, on the model's device.
 
         Raises:
             ValueError: they differ; the model does something to its logits that LMHead can't.
         """
-        lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = LMHead.from_model(model)
+        lm, head = _causal_lm(model), LMHead.from_model(model)
+        name = type(lm).__name__
+        if lm.base_model is lm:
+            raise ValueError(f"model must have a body apart from its head, got {name}")
         ids = torch.arange(1, 5, device=head.weight.device)[None] % head.vocab_size
-        training = lm.training
-        lm.eval()
-        try:
-            with torch.no_grad():
-                want = lm(input_ids=ids, use_cache=False).logits.float()
-                hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                got = head.logits(hidden.to(head.weight.dtype)).float()
-        finally:
-            lm.train(training)
-        if got.shape != want.shape or not (got - want).norm() <= MAX_ERROR * want.norm():
+        with _evaluating(lm), torch.no_grad():
+            want = lm(input_ids=ids, use_cache=False).logits.float()
+            hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            got = head.logits(hidden.to(head.weight.dtype)).float()
+        bound = MAX_ERROR.get(head.weight.dtype, MAX_ERROR_HALF)
+        if got.shape != want.shape or not (got - want).norm() <= bound * want.norm():
             raise ValueError(
-                f"{type(lm).__name__} makes its logits otherwise than softcap(h W^T + bias) * scale "
+                f"{name} makes its logits otherwise than softcap(h W^T + bias) * scale "
                 f"with softcap={head.softcap}, scale={head.scale}; it is not supported"
             )
 
@@ -142,30 +165,70 @@ def as_head(head: LMHead | Tensor, name: str) -> LMHead:
     raise TypeError(f"{name} must be an LMHead or a weight tensor, got {type(head).__name__}")
 
 
-def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    kind = type(weight).__name__
-    if kind == "DTensor" or kind == "Params4bit" or kind == "Int8Params":
-        raise TypeError(f"weight must be a plain tensor; {kind} heads are not supported yet")
-    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-        raise TypeError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
-    if weight.ndim != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must have shape (V, D) with V > 0, got {tuple(weight.shape)}")
+def _check_tensor(name: str, value: Any) -> None:
+    kind = type(value).__name__
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind}")
+    if kind not in TENSORS:  # DTensor, Params4bit, torchao's: their dtype may look like a float's
+        raise TypeError(f"{name} must be a plain tensor, got {kind}: such heads are not supported")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
 
 
-def _shape_of_logits(lm: Any) -> tuple[float | None, float]:
+def _causal_lm(model: Any) -> Any:
+    """The transformers model, out of its PEFT wrapper."""
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(lm, "get_output_embeddings") or not hasattr(lm, "config"):
+        raise TypeError(f"model must be a transformers causal LM, got {type(lm).__name__}")
+    return lm
+
+
+def _without_adapter(module: Any, name: str) -> Any:
+    """peft's whole trained copy of a head, where there is one; other adapters are refused."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        active = list(module.active_adapters)
+        if module.disable_adapters or not active:
+            return module.original_module
+        return module.modules_to_save[active[0]]
+    if type(module).__module__.partition(".")[0] == "peft":
+        raise ValueError(
+            f"the head of {name} is adapted by {type(module).__module__} ({type(module).__name__}),"
+            " which is not supported: leave lm_head out of target_modules, or train it whole with "
+            "modules_to_save=['lm_head']"
+        )
+    return module
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each submodule gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _shape_of_logits(config: Any, name: str) -> tuple[float | None, float]:
     """(softcap, scale) from a model's configuration."""
-    config = lm.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    known = (*SOFTCAPS, *MULTIPLIERS, SCALING)
+    for key, value in config.to_dict().items():
+        neutral = value is None or isinstance(value, bool | str | dict | list) or value == 1
+        if key not in known and not neutral and LOOKS_LIKE_SHAPE.match(key):
+            raise ValueError(f"{name} has {key}={value}, which LMHead does not know how to honour")
+
+    def read(key: str) -> float | None:
+        value = getattr(config, key, None)
+        return float(value) if isinstance(value, int | float) else None
+
+    softcap = next((value for key in SOFTCAPS if (value := read(key))), None)
     scale = 1.0
-    if isinstance(value := getattr(config, "logit_scale", None), float | int):
-        scale = float(value)
-    if (value := getattr(config, "logits_scaling", None)) is not None:
-        scale = float(value) if "HyperCLOVAX" in type(lm).__name__ else 1 / float(value)
-    if (value := getattr(config, "lm_head_multiplier", None)) is not None:
-        scale = float(value)
-    if (value := getattr(config, "output_multiplier", None)) is not None:
-        scale = float(value)  # T tanh(x mult / T) = softcap_{T / mult}(x) mult
-        softcap = softcap / scale if softcap else softcap
-    return softcap or None, scale
+    if divisor := read(SCALING):
+        scale = divisor if name.startswith("HyperCLOVAX") else 1 / divisor
+    for key in MULTIPLIERS:
+        scale *= read(key) or 1.0
+    if softcap and read("output_multiplier"):  # c tanh(x m / c) = softcap_{c / m}(x) m
+        softcap /= abs(scale)
+    return softcap, scale

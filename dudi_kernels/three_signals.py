@@ -1,12 +1,14 @@
 """linear_dudi_loss: off-policy KD, on-policy KD and a sequence preference in one sweep.
 
 Chunks hold whole pairs, so a pair's sequence sums, and with them the coefficient of the preference
-on each row, are known while the pair's logits are still in the buffer. A pair longer than a chunk
-costs one extra sweep over its own rows.
+on each row, are known while the pair's logits are still in the buffer. A pair that the budget can't
+hold costs one extra sweep over its own rows.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,100 +16,75 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dudi_kernels import checks
-from dudi_kernels.api import DuDiLoss, Head, _as_side, _backend, _chunks, _plan, _side, _tracked
-from dudi_kernels.plan import DEFAULT_BUDGET
-from dudi_kernels.sweep import Retain, RowValues, Span, Task
+from dudi_kernels.checks import Head, Rows
+from dudi_kernels.divergences import Measure
+from dudi_kernels.plan import DEFAULT_BUDGET, Plan
+from dudi_kernels.prepare import (
+    as_side,
+    make_plan,
+    pick_backend,
+    retain,
+    wanted_gradients,
+)
+from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks
 
 Reference = Tensor | str | None
+Denominator = float | Tensor | None
 
 
-class Pairs(NamedTuple):
-    """Packed rows [y+; y-] [y+; y-] ... and what the preference needs of them."""
+class DuDiLoss(NamedTuple):
+    loss: Tensor  # () fp32, differentiable; all else is fp32 and detached
+    off_policy_loss: Tensor  # () mean divergence over the rows of y+
+    on_policy_loss: Tensor  # () mean divergence over the rows of y-
+    preference_loss: Tensor  # () mean over pairs
+    ce_loss: Tensor  # () mean over the rows of y+
+    margins: Tensor  # (P,) r(y+) - r(y-), before preference_beta
+    log_probs: Tensor  # (S,) of each sequence under the student
+    reference_log_probs: Tensor  # (S,) zeros where there is no reference
+    divergence: Tensor  # (N,) 0 where its signal is off
+    log_prob: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    teacher_entropy: Tensor  # (N,) 0 where its signal is off
+
+
+class Weights(NamedTuple):
+    """Of the signals, and the denominators of their means."""
+
+    off_policy: float
+    on_policy: float
+    preference: float
+    ce: float
+    off_rows: float
+    on_rows: float
+    pairs: float
+
+
+class Packing(NamedTuple):
+    """Rows packed as [y+; y-] [y+; y-] ..."""
 
     segments: Tensor  # (N,) 2 i for y+ of pair i, 2 i + 1 for y-
     lengths: Tensor  # (S,)
-    starts: list[int]  # S + 1 row offsets of the segments
-    reference: Tensor | None  # (S,) log-probabilities, or None: the teacher's or none
-    beta: float
-    length_power: int
-    weight: float  # of the preference, divided by the number of pairs
+    starts: list[int]  # (S + 1) row offsets of the segments
 
     @property
-    def scale(self) -> Tensor:
-        """(S,) 1 / |y|^a."""
-        return self.lengths.clamp(min=1).float() ** -self.length_power
+    def sequences(self) -> int:
+        return len(self.lengths)
 
-    def margins(self, log_probs: Tensor, reference: Tensor) -> Tensor:
-        """(P,) r(y+) - r(y-) from (S,) sequence log-probabilities."""
-        scores = (log_probs - reference) * self.scale
-        return scores[0::2] - scores[1::2]
+    @property
+    def positive(self) -> Tensor:
+        return self.segments % 2 == 0
 
-    def coefficients(
-        self, start: int, stop: int, log_prob: Tensor, teacher_log_prob: Tensor | None
-    ) -> Tensor:
-        """(R,) d loss / d log q[target] of the rows of whole pairs."""
-        segments = self.segments[start:stop]
-        first = int(segments[0]) // 2 * 2
-        count = int(segments[-1]) // 2 * 2 + 2 - first
-        whole = Pairs(
-            segments - first,
-            self.lengths[first : first + count],
-            [],
-            None if self.reference is None else self.reference[first : first + count],
-            self.beta,
-            self.length_power,
-            self.weight,
-        )
-        sums = _sums(log_prob, whole.segments, count)
-        reference = torch.zeros_like(sums) if whole.reference is None else whole.reference
-        if teacher_log_prob is not None:
-            reference = _sums(teacher_log_prob, whole.segments, count)
-        pull = -torch.sigmoid(-self.beta * whole.margins(sums, reference)) * self.beta * self.weight
-        sides = torch.stack([pull, -pull], 1).reshape(-1) * whole.scale
-        return sides[whole.segments]
+    def sums(self, values: Tensor) -> Tensor:
+        """(S,) of the rows of each segment."""
+        return values.new_zeros(self.sequences).index_add(0, self.segments, values)
 
-
-def _sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
-    return values.new_zeros(count).index_add(0, segments, values)
-
-
-def _groups(starts: list[int], chunk: int, together: bool) -> list[list[tuple[int, int]]]:
-    """Chunks of whole pairs; a pair longer than a chunk is a group of several chunks."""
-    stop = starts[-1]
-    if not together:
-        return [[c] for c in _chunks(0, stop, chunk)]
-    groups: list[list[tuple[int, int]]] = []
-    bounds = starts[0::2]
-    begin = 0
-    for a, b in zip(bounds, bounds[1:], strict=False):
-        if b - begin > chunk and a > begin:
-            groups.append([(begin, a)])
-            begin = a
-        if b - begin > chunk:
-            groups.append(_chunks(begin, b, chunk))
-            begin = b
-    if begin < stop:
-        groups.append([(begin, stop)])
-    return groups
-
-
-def _denominator(name: str, value: float | Tensor | None, own: int) -> float:
-    number = float(own if value is None else value)
-    if not number >= 0:
-        raise ValueError(f"{name} must not be negative or NaN, got {number}")
-    return max(number, 1e-30) if value is not None and number > 0 else max(float(own), 1.0)
-
-
-def _reference(value: Reference, count: int, device: torch.device) -> Tensor | None:
-    if value is None or isinstance(value, str):
-        checks.one_of("reference_log_prob", value or "teacher", ("teacher",))
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"reference_log_prob must be a tensor or 'teacher', got {type(value).__name__}")
-    if value.numel() != count and value.numel() != count - 1:
-        raise ValueError(f"reference_log_prob must have shape ({count},), got {tuple(value.shape)}")
-    flat = value.detach().float().reshape(-1).to(device)
-    return F.pad(flat, (0, count - flat.numel()))  # a last y- without rows
+    def part(self, start: int, stop: int) -> tuple[Packing, slice]:
+        """The pairs of rows [start, stop), and their segments."""
+        own = self.segments[start:stop]
+        first = next(s for s in range(0, self.sequences, 2) if self.starts[s + 2] > start)
+        last = next(s for s in range(first, self.sequences, 2) if self.starts[s + 2] >= stop)
+        whole = slice(first, last + 2)
+        return Packing(own - first, self.lengths[whole], []), whole
 
 
 def linear_dudi_loss(
@@ -129,10 +106,10 @@ def linear_dudi_loss(
     temperature: float = 1.0,
     preference_beta: float = 0.1,
     preference_length_power: int = 0,
-    reference_log_prob: Reference = None,
-    off_policy_rows: float | Tensor | None = None,
-    on_policy_rows: float | Tensor | None = None,
-    pairs: float | Tensor | None = None,
+    reference_log_prob: Reference = None,  # (S,)
+    off_policy_rows: Denominator = None,
+    on_policy_rows: Denominator = None,
+    pairs: Denominator = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DuDiLoss:
@@ -151,149 +128,254 @@ def linear_dudi_loss(
             + preference_weight * -logsigmoid(z).sum() / pairs
         )
 
+    Gradients reach the student's hidden states and head, and only what requires them is allocated;
+    teacher and reference get none. They are made in the forward call, so `backward` works once.
+
     Args:
-        teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher.
-        segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of pair i, 2 i + 1 is
-            y-. Sequences may be missing as long as no preference is asked for.
+        teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher;
+            unread then.
+        segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of pair i, 2 i + 1
+            is y-. Sequences may be missing as long as no preference is asked for.
+        temperature: of the divergences; log-probabilities and entropies are at 1.
         preference_length_power: 0 or 1, the a in r(y) = (log pi - log pi_ref) / |y|^a.
-        reference_log_prob: (S,) nats under a frozen policy, "teacher" for the teacher's own at no
-            extra forward, or None for no reference.
+        reference_log_prob: (S,) nats under a frozen policy (a last y- without rows may be left
+            out), "teacher" for the teacher's own at no extra forward, or None for no reference.
         off_policy_rows, on_policy_rows, pairs: denominators over the global batch (all ranks and
             accumulation steps); None means the counts in this call.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
-        `DuDiLoss`. The parts are unweighted, with the same denominators.
+        `DuDiLoss`. The parts are unweighted, with the same denominators; S is twice the number of
+        pairs P, and per-row results have the leading shape of `student_hidden`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, ranges or names that don't fit; an incomplete
-            pair with a preference; no teacher where one is needed.
+        ValueError, TypeError: shapes, dtypes, devices, ranges or names that don't fit; an
+            incomplete pair with a preference; no teacher where one is needed.
 
-    Sources: DuDi, arXiv 2606.04694 (abstract; the formulas are this project's own); SPIN, 2401.01335;
-    GKD, 2306.13649.
+    Sources: DuDi, arXiv 2606.04694 (its abstract; the formulas are this project's own); SPIN,
+    2401.01335; GKD, 2306.13649.
     """
-    student = _side("student", student_hidden, student_head)
+    student = checks.side("student", student_hidden, student_head)
     flat = checks.targets(targets, student, None)
-    segments = checks.segment_ids(segment_ids, student)
-    for name, value in (
-        ("off_policy_weight", off_policy_weight),
-        ("on_policy_weight", on_policy_weight),
-        ("preference_weight", preference_weight),
-        ("ce_weight", ce_weight),
-    ):
-        checks.number(name, value, 0, float("inf"))
-    checks.number("preference_beta", preference_beta, 0, float("inf"), open_ends=True)
-    if preference_length_power not in (0, 1):
-        raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
-    checks.temperature("temperature", temperature)
-    chosen = (
+    packing = _packing(checks.segment_ids(segment_ids, student))
+    _check_settings(
+        off_policy_weight=off_policy_weight,
+        on_policy_weight=on_policy_weight,
+        preference_weight=preference_weight,
+        ce_weight=ce_weight,
+    )
+    measures = (
         checks.divergence("off_policy_divergence", off_policy_divergence, beta, alpha),
         checks.divergence("on_policy_divergence", on_policy_divergence, beta, alpha),
     )
-    from_teacher = isinstance(reference_log_prob, str) and preference_weight > 0
+    checks.temperature(temperature)
+    checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
+    if preference_length_power not in (0, 1):
+        raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
+    if preference_weight > 0:
+        _check_pairs(packing)
+    positives = _rows_of(packing, 0)
+    weights = Weights(
+        off_policy_weight,
+        on_policy_weight,
+        preference_weight,
+        ce_weight,
+        _denominator("off_policy_rows", off_policy_rows, positives),
+        _denominator("on_policy_rows", on_policy_rows, len(flat) - positives),
+        _denominator("pairs", pairs, packing.sequences // 2),
+    )
+    preference = Preference(
+        packing,
+        _reference(reference_log_prob, packing, student),
+        from_teacher=isinstance(reference_log_prob, str) and preference_weight > 0,
+        beta=preference_beta,
+        scale=packing.lengths.clamp(min=1).float() ** -preference_length_power,
+        weight=preference_weight / weights.pairs,
+    )
     teacher = None
-    if off_policy_weight or on_policy_weight or from_teacher:
-        if teacher_hidden is None or teacher_head is None:
-            raise ValueError("teacher_hidden and teacher_head must be given: a signal needs them")
-        teacher = _side("teacher", teacher_hidden, teacher_head)
-        checks.same_rows(student, teacher)
+    if off_policy_weight or on_policy_weight or preference.from_teacher:
+        teacher = _teacher(student, teacher_hidden, teacher_head)
+    signals = _Signals(weights, packing, preference)
+    task = signals.task(student, teacher, flat, measures, 1 / temperature, memory_budget)
+    loss, values = retain(student, task, pick_backend(backend), signals.combine)
+    per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
+    return DuDiLoss(loss, *signals.parts, *(v.view(student.shape) for v in per_row))
 
-    device = student.hidden.device
+
+class Preference(NamedTuple):
+    """-log sigmoid(beta (r(y+) - r(y-))), r(y) = (log pi - log pi_ref) scale."""
+
+    packing: Packing
+    reference: Tensor  # (S,) log-probabilities, unless they are the teacher's
+    from_teacher: bool
+    beta: float
+    scale: Tensor  # (S,) 1 / |y|^a
+    weight: float  # of a pair in the loss
+
+    def margins(
+        self, log_prob: Tensor, teacher_log_prob: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (P,), (S,), (S,)
+        """r(y+) - r(y-), and the sums that it comes from."""
+        sums = self.packing.sums(log_prob)
+        reference = self.packing.sums(teacher_log_prob) if self.from_teacher else self.reference
+        scores = (sums - reference) * self.scale
+        return scores[0::2] - scores[1::2], sums, reference
+
+    def coefficients(
+        self, start: int, stop: int, log_prob: Tensor, teacher_log_prob: Tensor | None
+    ) -> Tensor:
+        """(R,) d loss / d log q[target] of the rows of whole pairs."""
+        packing, whole = self.packing.part(start, stop)
+        scale = self.scale[whole]
+        own = self._replace(packing=packing, reference=self.reference[whole], scale=scale)
+        other = log_prob if teacher_log_prob is None else teacher_log_prob
+        margins, _, _ = own.margins(log_prob, other)
+        pull = torch.sigmoid(-self.beta * margins) * (-self.beta * self.weight)
+        pull = pull.nan_to_num(0)  # both targets masked: inf - inf
+        return (torch.stack([pull, -pull], 1).view(-1) * scale)[packing.segments]
+
+
+class _Signals:
+    """What the sweep needs of the signals, and what the loss makes of its results."""
+
+    def __init__(self, weights: Weights, packing: Packing, preference: Preference):
+        self.weights, self.packing, self.preference = weights, packing, preference
+        self.parts: tuple[Tensor, ...] = ()  # of DuDiLoss, in its order
+
+    def task(
+        self,
+        student: Rows,
+        teacher: Rows | None,
+        targets: Tensor,
+        measures: tuple[Measure, Measure],  # of y+, of y-
+        inv_tau: float,
+        memory_budget: int,
+    ) -> Task:
+        w, packing = self.weights, self.packing
+        learner, guide = as_side(student), None if teacher is None else as_side(teacher)
+        plan = make_plan(learner, guide, memory_budget)
+        positive = packing.positive
+        return Task(
+            student=learner,
+            teacher=guide,
+            targets=targets,
+            weight=torch.where(positive, w.off_policy / w.off_rows, w.on_policy / w.on_rows),
+            spans=_spans(packing.starts, (w.off_policy, w.on_policy), measures),
+            groups=_groups(packing.starts, plan, together=w.preference > 0),
+            coefficient=torch.where(positive, -w.ce / w.off_rows, 0.0) if w.ce else None,
+            coefficients=self.preference.coefficients if w.preference else None,
+            teacher_log_prob=self.preference.from_teacher,
+            inv_tau=inv_tau,
+            plan=plan,
+            needs=wanted_gradients(student),
+        )
+
+    def combine(self, values: RowValues) -> Tensor:
+        """The loss; its parts go to `self.parts`."""
+        w, positive = self.weights, self.packing.positive
+        margins, *sums = self.preference.margins(values.log_prob, values.teacher_log_prob)
+        parts = (
+            values.divergence[positive].sum() / w.off_rows,
+            values.divergence[~positive].sum() / w.on_rows,
+            -F.logsigmoid(self.preference.beta * margins).sum() / w.pairs,
+            -values.log_prob[positive].sum() / w.off_rows,
+        )
+        self.parts = (*parts, margins, *sums)
+        loss = values.log_prob.new_zeros(())
+        for weight, part in zip(
+            (w.off_policy, w.on_policy, w.preference, w.ce), parts, strict=True
+        ):
+            if weight:  # no 0 * inf
+                loss = loss + weight * part
+        return loss
+
+
+def _check_settings(**weights: float) -> None:
+    for name, value in weights.items():
+        checks.number(name, value, 0, math.inf)
+
+
+def _packing(segments: Tensor) -> Packing:
     count = 2 * (int(segments[-1]) // 2 + 1) if len(segments) else 0
     lengths = torch.bincount(segments, minlength=count)
-    starts = [0, *lengths.cumsum(0).tolist()]
-    if preference_weight > 0 and bool((lengths == 0).any()):
-        i = int((lengths == 0).nonzero()[0])
-        raise ValueError(f"segment_ids must give both sides of each pair, got no row of segment {i}")
-    even = segments % 2 == 0
-    off_rows = _denominator("off_policy_rows", off_policy_rows, int(even.sum()))
-    on_rows = _denominator("on_policy_rows", on_policy_rows, int((~even).sum()))
-    pair_count = _denominator("pairs", pairs, count // 2)
-    layout = Pairs(
-        segments,
-        lengths,
-        starts,
-        _reference(reference_log_prob, count, device),
-        preference_beta,
-        preference_length_power,
-        preference_weight / pair_count,
-    )
-    weight = torch.where(even, off_policy_weight / off_rows, on_policy_weight / on_rows)
-    pull = torch.where(even, -ce_weight / off_rows, 0.0)
-
-    def coefficients(a: int, b: int, log_prob: Tensor, teacher_log_prob: Tensor | None) -> Tensor:
-        if preference_weight == 0:
-            return pull[a:b]
-        return pull[a:b] + layout.coefficients(a, b, log_prob, teacher_log_prob)
-
-    parts: dict[str, Tensor] = {}
-
-    def combine(values: RowValues) -> Tensor:
-        own = _combined(values, layout, even, from_teacher, off_rows, on_rows, pair_count)
-        parts.update(own)
-        weights = (off_policy_weight, on_policy_weight, preference_weight, ce_weight)
-        names = ("off_policy_loss", "on_policy_loss", "preference_loss", "ce_loss")
-        terms = [w * own[name] for w, name in zip(weights, names, strict=True) if w]
-        return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
-
-    plan = _plan(student, teacher, memory_budget)
-    weights = (off_policy_weight, on_policy_weight)
-    task = Task(
-        student=_as_side(student),
-        teacher=None if teacher is None else _as_side(teacher),
-        targets=flat,
-        weight=weight.float(),
-        spans=[
-            Span(starts[s], starts[s + 1], *chosen[s % 2])
-            for s in range(count)
-            if weights[s % 2] > 0 and starts[s + 1] > starts[s]
-        ],
-        groups=_groups(starts, plan.chunk_rows, preference_weight > 0),
-        coefficients=coefficients if preference_weight or ce_weight else None,
-        teacher_log_prob=from_teacher,
-        inv_tau=1 / temperature,
-        plan=plan,
-        needs=_tracked(student.hidden, student.head.weight, student.head.bias),
-    )
-    head = student.head
-    loss, *outputs = Retain.apply(
-        student.hidden, head.weight, head.bias, task, _backend(backend), combine
-    )
-    values = RowValues(*outputs)
-    return DuDiLoss(
-        loss=loss,
-        **parts,
-        divergence=values.divergence,
-        log_prob=values.log_prob,
-        entropy=values.entropy,
-        teacher_entropy=values.teacher_entropy,
-    )
+    return Packing(segments, lengths, [0, *lengths.cumsum(0).tolist()])
 
 
-def _combined(
-    values: RowValues,
-    layout: Pairs,
-    even: Tensor,
-    from_teacher: bool,
-    off_rows: float,
-    on_rows: float,
-    pair_count: float,
-) -> dict[str, Tensor]:
-    """Each signal's value and the sequences' log-probabilities."""
-    count = len(layout.lengths)
-    log_probs = _sums(values.log_prob, layout.segments, count)
-    reference = layout.reference
-    if from_teacher:
-        reference = _sums(values.teacher_log_prob, layout.segments, count)
-    elif reference is None:
-        reference = torch.zeros_like(log_probs)
-    margins = layout.margins(log_probs, reference)
-    return {
-        "off_policy_loss": values.divergence[even].sum() / off_rows,
-        "on_policy_loss": values.divergence[~even].sum() / on_rows,
-        "preference_loss": -F.logsigmoid(layout.beta * margins).sum() / pair_count,
-        "ce_loss": -values.log_prob[even].sum() / off_rows,
-        "margins": margins,
-        "log_probs": log_probs,
-        "reference_log_probs": reference,
-    }
+def _rows_of(packing: Packing, parity: int) -> int:
+    sizes = [b - a for a, b in pairwise(packing.starts)]
+    return sum(sizes[parity::2])
+
+
+def _check_pairs(packing: Packing) -> None:
+    for segment, (a, b) in enumerate(pairwise(packing.starts)):
+        if a == b:
+            raise ValueError(
+                "segment_ids must give both sides of each pair with preference_weight > 0, "
+                f"got no row of segment {segment}"
+            )
+
+
+def _denominator(name: str, value: Denominator, own: int) -> float:
+    """A global count; one that is 0 has no rows to divide."""
+    number = float(own if value is None else value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {number}")
+    if number == 0 and own > 0:
+        raise ValueError(f"{name} must be positive with {own} of them in this call, got {number}")
+    return number or 1.0
+
+
+def _reference(value: Reference, packing: Packing, student: Rows) -> Tensor:
+    count, device = packing.sequences, student.hidden.device
+    if value is None or isinstance(value, str):
+        if value is not None:
+            checks.one_of("reference_log_prob", value, ("teacher",))
+        return torch.zeros(count, device=device)
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+        raise TypeError(f"reference_log_prob must be a tensor, 'teacher' or None, got {got}")
+    absent = count > 0 and packing.starts[-1] == packing.starts[-2]  # a last y- without rows
+    if value.ndim != 1 or len(value) not in ((count, count - 1) if absent else (count,)):
+        raise ValueError(f"reference_log_prob must have shape ({count},), got {tuple(value.shape)}")
+    return F.pad(value.detach().float().to(device), (0, count - len(value)))
+
+
+def _teacher(student: Rows, hidden: Tensor | None, head: Head | None) -> Rows:
+    for name, value in (("teacher_hidden", hidden), ("teacher_head", head)):
+        if value is None:
+            raise ValueError(f"{name} must be given where a signal or the reference needs it")
+    assert hidden is not None and head is not None
+    teacher = checks.side("teacher", hidden, head)
+    checks.pair_of_sides(student, teacher)
+    return teacher
+
+
+def _spans(
+    starts: list[int], weights: tuple[float, float], measures: tuple[Measure, Measure]
+) -> list[Span]:
+    """Runs of y+ and of y- rows, where their signal is on."""
+    return [
+        Span(a, b, measures[segment % 2])
+        for segment, (a, b) in enumerate(pairwise(starts))
+        if b > a and weights[segment % 2] > 0
+    ]
+
+
+def _groups(starts: list[int], plan: Plan, together: bool) -> list[list[Chunk]]:
+    """Chunks of whole pairs; a pair that the budget can't hold is a group of several chunks."""
+    size = plan.chunk_rows
+    if not together:
+        return [[chunk] for chunk in chunks(0, starts[-1], size)]
+    groups: list[list[Chunk]] = []
+    begin = 0
+    for a, b in pairwise(starts[0::2]):  # of pairs
+        if b - begin > size and a > begin:
+            groups.append([(begin, a)])
+            begin = a
+        if b - begin > size:
+            whole = b - begin <= plan.most_rows
+            groups.append([(begin, b)] if whole else chunks(begin, b, size))
+            begin = b
+    if begin < starts[-1]:
+        groups.append([(begin, starts[-1])])
+    return groups

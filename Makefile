@@ -1,0 +1,50 @@
+# `make` or `make help` lists the targets. All are safe to repeat.
+PYTHON ?= python3
+SEED ?= 0
+# A package index with CPU builds of torch, for a machine without a GPU; by default pip's own.
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: help install demo demo-teacher test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+install: $(STAMP)  ## build .venv from constraints.txt
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo 'Installing into .venv (a few minutes the first time)'
+	@$(PIP) pip setuptools
+	@PYTHONWARNINGS=ignore $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: install  ## distil a student on the embedded data: runs/demo/report.html (SEED=0)
+	$(BIN)/dudi demo --output_dir runs/demo --seed $(SEED) --overwrite
+
+demo-teacher: install  ## train the demo's teacher again and put it into the package
+	$(BIN)/dudi demo --teacher --output_dir runs/demo-teacher --seed $(SEED) --overwrite
+	rm -rf dudi/data/teacher
+	cp -r runs/demo-teacher/teacher dudi/data/teacher
+
+test: lint  ## lint, then all tests
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install  ## let ruff put the code in shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

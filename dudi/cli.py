@@ -1,0 +1,287 @@
+"""The `dudi` command: train, evaluate, report, demo.
+
+Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
+imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
+is told in one line (exit status 2; DUDI_DEBUG=1 shows the traceback); Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dudi import __version__
+
+Rows = Iterable[tuple[str, Any, str]]  # option, default, help
+
+
+def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    model_name_or_path: str = _option("Model to evaluate: a folder or a Hub id.")
+    dataset_name: str = _option(
+        "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id."
+    )
+    dataset_config: str | None = _option("Configuration of a Hub dataset.", None)
+    split: str = _option("Split to evaluate on.", "test")
+    teacher_model_name_or_path: str | None = _option("Measure the KL from this teacher too.", None)
+    tokenizer_name_or_path: str | None = _option("By default the model's.", None)
+    batch_size: int = _option("Rows at a time.", 16)
+    max_prompt_length: int | None = _option("Tokens of a prompt at most; null is no limit.", 512)
+    max_completion_length: int = _option("Tokens of a reference or generation at most.", 256)
+    generate_rows: int | None = _option("Rows a language to generate for chrF; null is all.", None)
+    output: str | None = _option("Write the figures to this JSON file.", None)
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    run_dir: str = _option("Folder of a run, or of a demo.")
+    output: str | None = _option("The HTML file; by default report.html in the folder.", None)
+
+
+@dataclass(kw_only=True)
+class DemoArguments:
+    output_dir: str | None = _option("By default runs/demo, or runs/demo-teacher.", None)
+    seed: int = _option("Seed of the students, their data order and samples.", 0)
+    overwrite: bool = _option("Replace an earlier demo in output_dir.", False)
+    teacher: bool = _option("Train the demo's teacher again instead.", False)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def train(words: list[str], console: Console) -> None:
+    from dudi.config import parse
+
+    config_file, overrides = _split_config(words)
+    script, config = parse(config_file, overrides)
+    from dudi.run import run_training
+
+    command = shlex.join(["dudi", "train", *words])
+    run_training(script, config, console=console, command=command)
+
+
+def _split_config(words: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe that `--config` names, and the other words."""
+    for i, word in enumerate(words):
+        if word.startswith("--config="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+        if word == "--config":
+            if i + 1 == len(words):
+                raise ValueError("--config must be followed by a YAML file")
+            return words[i + 1], words[:i] + words[i + 2 :]
+    return None, words
+
+
+def evaluate(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    arguments = read_arguments(EvaluateArguments, words)
+    from dudi.evaluate import run_evaluation
+
+    run_evaluation(**vars(arguments), console=console)
+
+
+def report(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    if words and not words[0].startswith("--"):
+        words = ["--run_dir", *words]
+    arguments = read_arguments(ReportArguments, words)
+    from dudi.report import write_report
+
+    console.print(str(write_report(arguments.run_dir, arguments.output)), soft_wrap=True)
+
+
+def demo(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    arguments = read_arguments(DemoArguments, words)
+    from dudi.demo import run_demo, train_teacher
+
+    run, folder = (
+        (train_teacher, "runs/demo-teacher") if arguments.teacher else (run_demo, "runs/demo")
+    )
+    run(
+        arguments.output_dir or folder,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+        console=console,
+    )
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+TRAIN_GROUPS = {
+    "Models and data": (
+        "model_name_or_path", "model_config", "model_init_kwargs", "disable_dropout",
+        "tokenizer_name_or_path", "teacher_model_name_or_path", "teacher_model_init_kwargs",
+        "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
+        "dataset_test_split", "max_prompt_length", "max_completion_length", "overlong",
+    ),
+    "Signals": (
+        "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
+        "off_policy_divergence", "on_policy_divergence", "beta", "alpha", "temperature",
+        "preference_beta", "preference_length_power", "reference", "reference_sync_steps",
+    ),
+    "Verbalizer": ("context_verbalizer", "verbalizer_templates"),
+    "Sampling": (
+        "rollout_temperature", "top_p", "top_k", "log_completions", "num_completions_to_print",
+    ),
+    "Adapter": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "Optimisation": (
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
+        "memory_budget",
+    ),
+    "Run": (
+        "output_dir", "resume", "overwrite", "evaluate", "eval_generate_rows", "logging_steps",
+        "save_strategy", "save_steps", "report_to",
+    ),
+}  # fmt: skip
+
+
+def rows_of(cls: type) -> dict[str, tuple[str, Any, str]]:
+    """Option, default and help of each field; of an inherited one, the help's first sentence."""
+    rows = {}
+    for f in dataclasses.fields(cls):
+        default = "required" if f.default is dataclasses.MISSING else f.default
+        text = str(f.metadata.get("help", ""))
+        if f.name not in inspect.get_annotations(cls):
+            text = text.split(". ")[0].rstrip(".") + "."
+        rows[f.name] = (f"--{f.name}", default, text)
+    return rows
+
+
+def show_options(console: Console, title: str, rows: Rows) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(style="yellow")
+    table.add_column(style="default")
+    for option, default, text in rows:
+        shown = "" if default is None else str(getattr(default, "value", default))
+        table.add_row(option, shown.lower() if isinstance(default, bool) else shown, Text(text))
+    console.print(f"\n[bold]{title}[/]")
+    console.print(table)
+
+
+def show_train_options(console: Console) -> None:
+    from dudi.config import DuDiConfig, ScriptArguments
+
+    rows = rows_of(DuDiConfig) | rows_of(ScriptArguments)
+    show_options(console, "Recipe", [("--config", None, "YAML file of the options below.")])
+    for title, names in TRAIN_GROUPS.items():
+        show_options(console, title, (rows[name] for name in names))
+    console.print(
+        "\nEvery other field of transformers.TrainingArguments is an option too "
+        "(weight_decay, eval_strategy, activation_checkpointing, ...)."
+    )
+
+
+def shows(cls: type) -> Callable[[Console], None]:
+    return lambda console: show_options(console, "Options", rows_of(cls).values())
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[list[str], Console], None]
+    show_options: Callable[[Console], None]
+    usage: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command(
+        train,
+        show_train_options,
+        "dudi train --config recipe.yaml [--name value ...]",
+        "Train a student with up to three signals; or a teacher, with cross-entropy alone.",
+    ),
+    "evaluate": Command(
+        evaluate,
+        shows(EvaluateArguments),
+        "dudi evaluate --model_name_or_path MODEL --dataset_name DATA [--name value ...]",
+        "Likelihood, KL from the teacher and chrF on held-out data, for each language.",
+    ),
+    "report": Command(
+        report,
+        shows(ReportArguments),
+        "dudi report RUN_DIR [--output FILE]",
+        "Write a run's report: one self-contained HTML file.",
+    ),
+    "demo": Command(
+        demo,
+        shows(DemoArguments),
+        "dudi demo [--seed N] [--overwrite] [--teacher]",
+        "Distil a small multilingual student on the embedded data, in minutes.",
+    ),
+}
+
+
+def show_help(console: Console) -> None:
+    console.print("Usage: dudi COMMAND [--name value ...]", highlight=False)
+    console.print("\nDistil multilingual language models with three signals in every step.")
+    show_options(console, "Commands", ((name, None, c.help) for name, c in COMMANDS.items()))
+    console.print("\nA command's options: `dudi COMMAND --help`. The version: `dudi --version`.")
+
+
+def show_command_help(command: Command, console: Console) -> None:
+    console.print(Text(f"Usage: {command.usage}"), highlight=False)
+    console.print(f"\n{command.help}")
+    command.show_options(console)
+
+
+# ---- entry ---------------------------------------------------------------------------------------
+
+
+def run(words: list[str], console: Console) -> None:
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("-h", "--help"):
+        show_help(console)
+    elif name == "--version":
+        console.print(f"dudi {__version__}", highlight=False)
+    elif name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}: must be one of {', '.join(COMMANDS)}")
+    elif "-h" in rest or "--help" in rest:
+        show_command_help(COMMANDS[name], console)
+    else:
+        COMMANDS[name].run(rest, console)
+
+
+def _told_in_a_line(error: Exception) -> bool:
+    """Whether an error is one that our checks or the libraries' raise for a caller's mistake."""
+    ours = type(error).__module__.partition(".")[0] == "dudi"
+    return ours or isinstance(error, (ValueError, TypeError, OSError, ImportError))
+
+
+def main(words: list[str] | None = None) -> int:
+    """Entry point of the `dudi` command; returns the exit status."""
+    try:
+        run(sys.argv[1:] if words is None else words, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.", style="dim")
+        return 130
+    except Exception as error:
+        if os.environ.get("DUDI_DEBUG") == "1" or not _told_in_a_line(error):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

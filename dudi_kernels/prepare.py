@@ -1,0 +1,106 @@
+"""From checked inputs to what a sweep takes: the backend, the plan, dtypes, and rows that count."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dudi_kernels import checks
+from dudi_kernels.checks import Rows
+from dudi_kernels.plan import Plan, plan_block, plan_retain
+from dudi_kernels.sweep import LogProb, Needs, Retain, RowValues, Side
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def pick_backend(name: str) -> ModuleType:
+    checks.one_of("backend", name, BACKENDS)
+    match name:
+        case "triton":
+            raise ValueError("backend must be 'auto' or 'torch' in this release, got 'triton'")
+        case _:
+            import dudi_kernels.backends.torch as backend
+
+            return backend
+
+
+def wanted_gradients(rows: Rows) -> Needs:
+    """What autograd will ask for; `ctx.needs_input_grad` stays True under no_grad."""
+    enabled = torch.is_grad_enabled()
+    inputs = (rows.hidden, rows.head.weight, rows.head.bias)
+    return Needs(*(enabled and t is not None and t.requires_grad for t in inputs))
+
+
+def as_side(rows: Rows) -> Side:
+    """Detached, hidden states in the dtype of their GEMMs.
+
+    Under autocast that is autocast's; else the common one of hidden states and weight.
+    The head's blocks follow where a GEMM of that dtype returns fp32, else both are fp32 in it.
+    """
+    hidden = rows.hidden.detach()
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    else:
+        dtype = torch.promote_types(hidden.dtype, rows.head.weight.dtype)
+    return Side(hidden.to(dtype), rows.head.detach())
+
+
+def _converts(side: Side) -> bool:
+    """Whether blocks of the head are converted for the GEMMs."""
+    return not (side.hidden.dtype == side.head.weight.dtype == torch.float32)
+
+
+def make_plan(student: Side, teacher: Side | None, memory_budget: int) -> Plan:
+    checks.budget(memory_budget)
+    sides = [side for side in (student, teacher) if side is not None]
+    widths = tuple(side.head.width for side in sides)
+    return plan_retain(
+        student.head.vocab_size,
+        widths,
+        any(map(_converts, sides)),
+        memory_budget,
+        cached=student.hidden.device.type == "cpu",
+    )
+
+
+def retain(rows: Rows, *arguments: object) -> tuple[Tensor, RowValues]:
+    """The loss, tied to the student's inputs, and the per-row values."""
+    loss, *values = Retain.apply(rows.hidden, rows.head.weight, rows.head.bias, *arguments)
+    return loss, RowValues(*values)
+
+
+def log_prob(
+    rows: Rows, targets: Tensor, inv_tau: float, backend: ModuleType, memory_budget: int
+) -> Tensor:
+    """(N,) log q[target], differentiable by row."""
+    checks.budget(memory_budget)
+    side = as_side(rows)
+    block = plan_block(len(side.hidden), side.head.width, _converts(side), memory_budget)
+    return LogProb.apply(
+        rows.hidden, rows.head.weight, rows.head.bias, side, targets, inv_tau, block, backend
+    )
+
+
+class Counted:
+    """The rows that count; what is ignored never reaches a sweep, not even as NaN."""
+
+    def __init__(self, rows: Rows, targets: Tensor | None, ignore_index: int):
+        self.whole = rows
+        ignored = None if targets is None else targets == ignore_index
+        some = ignored is not None and bool(ignored.any())
+        self.index = (~ignored).nonzero()[:, 0] if some and ignored is not None else None
+
+    def pick(self, values: Tensor) -> Tensor:
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def rows(self, rows: Rows) -> Rows:
+        return rows._replace(hidden=self.pick(rows.hidden))
+
+    def put_back(self, values: Tensor) -> Tensor:
+        """In the leading shape of the inputs, 0 for ignored rows."""
+        if self.index is not None:
+            values = values.new_zeros(len(self.whole.hidden)).index_copy(0, self.index, values)
+        return values.view(self.whole.shape)

@@ -1,0 +1,134 @@
+"""The textbook in float64: dense logits, softmax, autograd. Shares no code with the library.
+
+A divergence is a function of two probability tensors (..., V); gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[..., Tensor]
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum a log(a / b), with 0 log 0 = 0 and a gradient that is not NaN there."""
+    there = a > 0
+    a_safe = torch.where(there, a, torch.ones_like(a))
+    b_safe = torch.where(there, b, torch.ones_like(b))
+    return torch.where(there, a_safe * (a_safe.log() - b_safe.log()), 0).sum(-1)
+
+
+def jsd(p: Tensor, q: Tensor, beta: float, alpha: float) -> Tensor:
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": lambda p, q, beta, alpha: kl(p, q),
+    "reverse_kl": lambda p, q, beta, alpha: kl(q, p),
+    "jsd": jsd,
+    "skew_forward_kl": lambda p, q, beta, alpha: kl(p, alpha * p + (1 - alpha) * q),
+    "skew_reverse_kl": lambda p, q, beta, alpha: kl(q, (1 - alpha) * p + alpha * q),
+    "total_variation": lambda p, q, beta, alpha: (p - q).abs().sum(-1) / 2,
+}
+
+
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
+    out = hidden @ weight.T
+    if bias is not None:
+        out = out + bias
+    if softcap is not None:
+        out = softcap * torch.tanh(out / softcap)
+    return out * scale
+
+
+def log_prob(scores: Tensor, targets: Tensor) -> Tensor:
+    return scores.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def entropy(scores: Tensor) -> Tensor:
+    probs = scores.softmax(-1)
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def dudi(
+    scores: Tensor,  # (N, V) float64 logits of the student
+    teacher_scores: Tensor | None,
+    targets: Tensor,
+    segments: Tensor,
+    *,
+    weights: tuple[float, float, float, float],  # off-policy, on-policy, preference, ce
+    divergences: tuple[str, str],
+    beta: float,
+    alpha: float,
+    temperature: float,
+    preference_beta: float,
+    length_power: int,
+    reference: Tensor | str | None,
+    denominators: tuple[float | None, float | None, float | None],
+) -> dict[str, Tensor]:
+    """The three signals, one sequence after the other."""
+    count = 2 * (int(segments.max()) // 2 + 1)
+    off_rows, on_rows, pairs = (
+        own if given is None else given
+        for given, own in zip(
+            denominators,
+            (float((segments % 2 == 0).sum()), float((segments % 2 == 1).sum()), count / 2),
+            strict=True,
+        )
+    )
+    own = log_prob(scores, targets)
+    other = torch.zeros_like(own)
+    if isinstance(reference, str):
+        assert teacher_scores is not None
+        other = log_prob(teacher_scores, targets)
+    q = (scores / temperature).softmax(-1)
+    p = None if teacher_scores is None else (teacher_scores / temperature).softmax(-1)
+    zero = torch.zeros((), dtype=scores.dtype)
+    off = on = ce = preference = zero
+    sums: list[Tensor] = []
+    references: list[Tensor] = []
+    lengths: list[int] = []
+    for segment in range(count):
+        rows = segments == segment
+        sums.append(own[rows].sum())
+        if isinstance(reference, Tensor):
+            references.append(reference[segment].double())
+        else:
+            references.append(other[rows].sum())
+        lengths.append(max(int(rows.sum()), 1))
+        if p is not None:
+            name = divergences[segment % 2]
+            value = DIVERGENCES[name](p[rows], q[rows], beta, alpha).sum()
+            off, on = (off + value, on) if segment % 2 == 0 else (off, on + value)
+        if segment % 2 == 0:
+            ce = ce - own[rows].sum()
+    margins = []
+    for pair in range(count // 2):
+        plus, minus = (
+            (sums[s] - references[s]) / lengths[s] ** length_power for s in (2 * pair, 2 * pair + 1)
+        )
+        margins.append(plus - minus)
+        preference = preference - torch.log(torch.sigmoid(preference_beta * margins[-1]))
+    parts = {
+        "off_policy_loss": off / max(off_rows, 1),
+        "on_policy_loss": on / max(on_rows, 1),
+        "preference_loss": preference / pairs,
+        "ce_loss": ce / max(off_rows, 1),
+    }
+    loss = sum(
+        (weight * part for weight, part in zip(weights, parts.values(), strict=True) if weight),
+        zero,
+    )
+    return {
+        "loss": loss,
+        **parts,
+        "margins": torch.stack(margins),
+        "log_probs": torch.stack(sums),
+        "reference_log_probs": torch.stack(references),
+    }

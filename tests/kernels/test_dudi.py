@@ -1,0 +1,243 @@
+"""linear_dudi_loss against a textbook composition of the three signals."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from cases import (
+    BACKENDS,
+    KINK_RTOL,
+    RTOL,
+    VALUE_RTOL,
+    error,
+    gradient_errors,
+    make_side,
+    make_targets,
+)
+
+from dudi_kernels import linear_cross_entropy, linear_distill_loss, linear_dudi_loss
+from dudi_kernels.plan import Plan
+from dudi_kernels.three_signals import _groups
+
+VOCAB = 301
+LENGTHS = [3, 5, 1, 9, 7, 2, 4, 6]  # y+, y-, y+, ...
+BUDGETS = {"whole": 2**28, "pairs": 60_000, "long": 26_000}  # long: pairs of several chunks
+WEIGHTS = [(1.0, 0.7, 0.3, 0.2), (1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.5, 1.0), (0.0, 0.8, 0.4, 0.0)]
+STYLES: list[dict] = [{}, {"bias": True, "softcap": 3.0, "scale": 0.7}]
+PARTS = ("off_policy_loss", "on_policy_loss", "preference_loss", "ce_loss")
+SEQUENCES = ("margins", "log_probs", "reference_log_probs")
+
+
+def make(lengths=LENGTHS, dtype=torch.float32, **style):
+    segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    student = make_side(len(segments), VOCAB, 8, dtype, **style)
+    teacher = make_side(len(segments), VOCAB, 12, dtype, seed=9, **style)
+    return student, teacher, make_targets(len(segments), VOCAB), segments
+
+
+def dudi(student, teacher, targets, segments, **settings):
+    return linear_dudi_loss(
+        student.hidden, student.head, teacher.hidden, teacher.head, targets, segments, **settings
+    )
+
+
+def compare(problem, rtol, *, weights, reference, memory_budget=2**28, backend="auto", **settings):
+    student, teacher, targets, segments = problem
+    options = {
+        "divergences": ("jsd", "reverse_kl"),
+        "beta": 0.3,
+        "alpha": 0.2,
+        "temperature": 1.0,
+        "preference_beta": 0.2,
+        "length_power": 0,
+        "denominators": (None, None, None),
+        **settings,
+    }
+    off, on, pairs = options["denominators"]
+    got = dudi(
+        *problem,
+        **dict(
+            zip(
+                ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight"),
+                weights,
+                strict=True,
+            )
+        ),
+        off_policy_divergence=options["divergences"][0],
+        on_policy_divergence=options["divergences"][1],
+        beta=options["beta"],
+        alpha=options["alpha"],
+        temperature=options["temperature"],
+        preference_beta=options["preference_beta"],
+        preference_length_power=options["length_power"],
+        reference_log_prob=reference,
+        off_policy_rows=off,
+        on_policy_rows=on,
+        pairs=pairs,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    got.loss.backward()
+    want, guide = student.double(), teacher.double()
+    true = oracle.dudi(
+        want.logits(),
+        guide.logits(),
+        targets,
+        segments,
+        weights=weights,
+        reference=None if reference == "teacher" and not weights[2] else reference,
+        **options,
+    )
+    true["loss"].backward()
+    assert error(got.loss, true["loss"]) < VALUE_RTOL
+    used = [name for name, weight in zip(PARTS, weights, strict=True) if weight]
+    for name in (*used, *SEQUENCES):
+        assert error(getattr(got, name), true[name]) < VALUE_RTOL, name
+    assert error(got.log_prob, oracle.log_prob(want.logits(), targets)) < VALUE_RTOL
+    assert error(got.entropy, oracle.entropy(want.logits())) < VALUE_RTOL
+    assert all(not v.requires_grad and v.dtype == torch.float32 for v in got[1:])
+    assert max(gradient_errors(student, want)) < rtol
+    return got
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("reference", ["teacher", "tensor", None])
+@pytest.mark.parametrize("style", STYLES, ids=["plain", "shaped"])
+def test_matches_the_textbook(style, reference, weights, budget, backend):
+    problem = make(**style)
+    if reference == "tensor":
+        reference = -torch.rand(len(LENGTHS)) * 30
+    compare(
+        problem,
+        1e-5,
+        weights=weights,
+        reference=reference,
+        memory_budget=budget,
+        backend=backend,
+        temperature=1.6 if style else 1.0,
+        length_power=1 if style else 0,
+        denominators=(40.0, 50.0, 9.0) if style else (None, None, None),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize(
+    "divergences", list(itertools.pairwise([*oracle.DIVERGENCES, "forward_kl"])), ids="-".join
+)
+def test_divergences_and_dtypes(divergences, dtype, backend):
+    compare(
+        make(dtype=dtype),
+        max(RTOL[dtype], KINK_RTOL if "total_variation" in divergences else 0),
+        weights=(1.0, 0.7, 0.3, 0.2),
+        reference="teacher",
+        divergences=divergences,
+        memory_budget=60_000,
+        backend=backend,
+    )
+
+
+def test_only_given_responses():
+    """Without samples the odd segments have no rows, the last one included."""
+    problem = make([3, 0, 4, 0, 5, 0])
+    got = compare(problem, 1e-5, weights=(1.0, 1.0, 0.0, 0.5), reference=None)
+    assert got.on_policy_loss == 0
+    assert got.margins.shape == (3,) and got.log_probs.shape == (6,)
+    assert not got.log_probs[1::2].any()
+    short = dudi(*problem, reference_log_prob=-torch.ones(5))  # sums over segments, the last unseen
+    assert short.reference_log_probs.tolist() == [-1, -1, -1, -1, -1, 0]
+
+
+def test_it_is_the_sum_of_the_single_losses():
+    student, teacher, targets, segments = make()
+    even = segments % 2 == 0
+    three = dudi(student, teacher, targets, segments, ce_weight=0.3)
+    off = linear_distill_loss(
+        student.hidden[even], student.head, teacher.hidden[even], teacher.head
+    )
+    on = linear_distill_loss(
+        student.hidden[~even],
+        student.head,
+        teacher.hidden[~even],
+        teacher.head,
+        divergence="reverse_kl",
+    )
+    ce = linear_cross_entropy(student.hidden[even], student.head, targets[even])
+    torch.testing.assert_close(three.loss, off.loss + on.loss + 0.3 * ce, rtol=1e-5, atol=0)
+    torch.testing.assert_close(three.divergence[even], off.divergence)
+    torch.testing.assert_close(three.divergence[~even], on.divergence)
+
+
+def test_no_teacher_where_nothing_needs_one():
+    student, _, targets, segments = make()
+    got = linear_dudi_loss(
+        student.hidden,
+        student.head,
+        None,
+        None,
+        targets,
+        segments,
+        off_policy_weight=0,
+        on_policy_weight=0,
+        ce_weight=1,
+        preference_weight=0.1,
+    )
+    even = segments % 2 == 0
+    want = linear_cross_entropy(student.hidden[even], student.head, targets[even])
+    torch.testing.assert_close(got.ce_loss, want)
+    assert not got.divergence.any() and not got.teacher_entropy.any()
+    got.loss.backward()
+    assert student.hidden.grad[~even].any()  # by the preference
+
+
+def test_chunks_hold_whole_pairs():
+    starts = [0, 3, 8, 9, 18, 25, 27, 31, 37]
+    assert _groups(starts, Plan(100, 1, 100), True) == [[(0, 37)]]
+    assert _groups(starts, Plan(18, 1, 18), True) == [[(0, 18)], [(18, 27)], [(27, 37)]]
+    assert _groups(starts, Plan(9, 1, 9), True) == [
+        [(0, 8)],
+        [(8, 17), (17, 18)],
+        [(18, 27)],
+        [(27, 36), (36, 37)],
+    ]
+    assert _groups(starts, Plan(9, 1, 10), True) == [[(0, 8)], [(8, 18)], [(18, 27)], [(27, 37)]]
+    assert _groups(starts, Plan(30, 1, 40), False) == [[(0, 30)], [(30, 37)]]
+
+
+def test_no_rows_and_three_dimensions():
+    student, teacher, targets, segments = make([0, 0])
+    got = dudi(student, teacher, targets, segments, preference_weight=0.5, ce_weight=1.0)
+    got.loss.backward()
+    assert got.loss == 0 and got.margins.shape == (0,)
+    assert not student.weight.grad.any()
+
+    student, teacher, targets, segments = make([4, 4, 4, 4])
+    flat = dudi(student, teacher, targets, segments)
+    cube = linear_dudi_loss(
+        student.hidden.view(4, 4, -1),
+        student.weight,
+        teacher.hidden.view(4, 4, -1),
+        teacher.weight,
+        targets.view(4, 4),
+        segments.view(4, 4),
+    )
+    assert cube.divergence.shape == cube.entropy.shape == (4, 4)
+    torch.testing.assert_close(cube.loss, flat.loss)
+
+
+def test_a_target_that_both_mask_leaves_gradients_finite():
+    student, teacher, targets, segments = make(bias=True)
+    with torch.no_grad():
+        student.bias[targets[0]] = -torch.inf
+        teacher.bias[targets[0]] = -torch.inf
+    got = dudi(
+        student, teacher, targets, segments, preference_weight=1.0, reference_log_prob="teacher"
+    )
+    got.loss.backward()
+    assert not got.loss.isfinite()  # inf - inf: the pair has no margin
+    assert all(t.grad.isfinite().all() for t in student.inputs)

@@ -1,0 +1,139 @@
+"""Peak allocated bytes, by torch's own profiler: no (N, V) tensor, no gradient nobody wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import BACKENDS, make_side, make_targets
+from torch.profiler import ProfilerActivity, profile
+
+from dudi_kernels import (
+    linear_cross_entropy,
+    linear_distill_loss,
+    linear_dudi_loss,
+    linear_log_prob,
+)
+from dudi_kernels.plan import plan_block, plan_retain
+
+ROWS, VOCAB, WIDTH = 512, 16_384, 24
+DENSE = ROWS * VOCAB * 4  # bytes of one (N, V) fp32 tensor: 33.6 MB
+HEAD = VOCAB * WIDTH * 4  # 1.6 MB
+BUDGET = 6_000_000
+SLACK = 400_000  # results, O(N) vectors, hidden states' gradient
+
+
+class Memory(NamedTuple):
+    peak: int  # bytes above the start
+    largest: int  # single allocation
+
+
+def measure(function: Callable[[], object]) -> Memory:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        result = function()
+    assert run.profiler is not None
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = largest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak, largest = max(peak, live), max(largest, event.nbytes())
+    del result
+    assert peak > 0
+    return Memory(peak, largest)
+
+
+@pytest.fixture
+def problem():
+    student = make_side(ROWS, VOCAB, WIDTH)
+    teacher = make_side(ROWS, VOCAB, 40, seed=9)
+    segments = torch.arange(8).repeat_interleave(ROWS // 8)
+    return student, teacher, make_targets(ROWS, VOCAB), segments
+
+
+def losses(student, teacher, targets, segments, budget, backend):
+    settings = {"memory_budget": budget, "backend": backend}
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+    return {
+        "distill": lambda: linear_distill_loss(*sides, divergence="jsd", **settings).loss,
+        "tempered": lambda: (
+            linear_distill_loss(
+                *sides, divergence="skew_reverse_kl", temperature=2.0, **settings
+            ).loss
+        ),
+        "dudi": lambda: (
+            linear_dudi_loss(
+                *sides,
+                targets,
+                segments,
+                preference_weight=0.1,
+                reference_log_prob="teacher",
+                **settings,
+            ).loss
+        ),
+        "cross-entropy": lambda: linear_cross_entropy(*sides[:2], targets, **settings),
+        "log-prob": lambda: linear_log_prob(*sides[:2], targets, **settings).sum(),
+    }
+
+
+NAMES = ("distill", "tempered", "dudi", "cross-entropy", "log-prob")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_budget_holds(name, dtype, problem, backend):
+    student, teacher, targets, segments = problem
+    for side in (student, teacher):
+        side.hidden = side.hidden.detach().to(dtype).requires_grad_()
+        side.weight = side.weight.detach().to(dtype).requires_grad_()
+    loss = losses(student, teacher, targets, segments, BUDGET, backend)[name]
+    used = measure(lambda: loss().backward())
+    gradients = HEAD * 2 if dtype == torch.bfloat16 else HEAD  # fp32, then in its own dtype
+    assert used.peak <= BUDGET * 1.1 + gradients + SLACK
+    assert used.largest < DENSE / 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_head_has_no_gradient_buffer(name, problem, backend):
+    student, teacher, targets, segments = problem
+    least = 18 * VOCAB * 4  # so small that the head's gradient would be the largest allocation
+    loss = losses(student, teacher, targets, segments, least, backend)[name]
+    trained = measure(lambda: loss().backward())
+    with torch.no_grad():
+        quiet = measure(loss)
+    student.weight.requires_grad_(False)
+    frozen = measure(lambda: loss().backward())
+    assert trained.largest == HEAD or name == "log-prob"
+    assert trained.peak > HEAD
+    assert max(frozen.largest, quiet.largest) < HEAD / 2
+    assert max(frozen.peak, quiet.peak) < trained.peak - HEAD / 2
+
+
+def test_the_measurement_sees_dense_logits(problem):
+    student, _, targets, _ = problem
+    dense = measure(
+        lambda: torch.nn.functional.cross_entropy(student.hidden @ student.weight.T, targets)
+    )
+    assert dense.peak >= 2 * DENSE and dense.largest == DENSE
+
+
+def test_plans():
+    plan = plan_retain(VOCAB, (WIDTH, 40), False, BUDGET)
+    assert 8 < plan.chunk_rows < ROWS and 1 <= plan.tile_rows < plan.chunk_rows
+    assert plan_retain(262_144, (640, 640), False, 2**28).chunk_rows > 64
+    elsewhere = plan_retain(262_144, (640, 640), False, 2**28, cached=False)
+    assert elsewhere.chunk_rows > 64 and elsewhere.tile_rows == 8  # fewer launches
+    with pytest.raises(
+        ValueError, match=r"memory_budget must be at least ([\d,]+) bytes"
+    ) as caught:
+        plan_retain(VOCAB, (WIDTH, 40), True, 1000)
+    least = int(str(caught.value).split("least ")[1].split(" ")[0].replace(",", ""))
+    assert plan_retain(VOCAB, (WIDTH, 40), True, least) == (1, 1, 1)
+    with pytest.raises(ValueError, match=f"got {least - 1:,}"):
+        plan_retain(VOCAB, (WIDTH, 40), True, least - 1)
+    assert plan_block(100_000, WIDTH, False, 2**26) < 4096
+    with pytest.raises(ValueError, match="memory_budget must be at least"):
+        plan_block(100_000, WIDTH, False, 2**10)
