@@ -100,6 +100,7 @@ class ConsoleProgress(TrainerCallback):
             f"[bold]{self.label}[/] {state.global_step:>5}/{state.max_steps}  {values}"
             f"  [dim]{pace:.2f} s/step, {left:.0f} s left[/]",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -28,7 +28,7 @@ from dudi.data import prepare_dataset
 from dudi.demo_data import data_path, translation_rows
 from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
 from dudi.report import write_report
-from dudi.run import count_parameters, environment, run_training
+from dudi.run import environment, run_training
 from dudi.verbalize import ContextVerbalizer
 
 RUNS = ("warm", "sft", "dudi")
@@ -93,6 +93,7 @@ def evaluate_all(
             f"KL {mean['kl_to_teacher']:.3f}, chrF {mean['chrf']:.1f}"
             f"  [dim]{len(test)} rows, {time.monotonic() - started:.0f} s[/]",
             highlight=False,
+            soft_wrap=True,
         )
     return results
 
@@ -138,7 +139,7 @@ def run_demo(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train and evaluate the demo's models; returns the folder with report.html and summary.json."""
+    """Train and evaluate the demo's models; returns the folder with the report and summary.json."""
     console = console or Console()
     folder = Path(output_dir)
     check_output_dir(folder, resume=False, overwrite=overwrite)
@@ -147,7 +148,7 @@ def run_demo(
     train = Dataset.from_list(translation_rows("train"))
     test = Dataset.from_list(translation_rows("test"))
     started = time.monotonic()
-    info = {
+    info: dict[str, Any] = {
         "title": "DuDi demo",
         "command": f"dudi demo --seed {seed}",
         "environment": environment(),
@@ -162,7 +163,12 @@ def run_demo(
     start = {"model_name_or_path": str(folder / "warm" / "model"), "model_config": None}
     runs["sft"] = train_one("sft", folder, seed, train, console, **start)
     runs["dudi"] = train_one(
-        "dudi", folder, seed, train, console, **start,
+        "dudi",
+        folder,
+        seed,
+        train,
+        console,
+        **start,
         teacher_model_name_or_path=str(teacher_path),
         teacher_model_init_kwargs={"dtype": "float32"},
     )
@@ -252,6 +258,7 @@ def package_teacher(folder: Path, console: Console) -> Path:
     test = Dataset.from_list(translation_rows("test"))
     result = evaluate_all({"teacher": temporary}, tokenizer, test, console)["teacher"]
     record = {key: run[key] for key in ("parameters", "steps", "seconds", "environment", "config")}
+    del record["config"]["output_dir"]
     write_text(temporary / "training.json", json.dumps(record, indent=1))
     write_text(temporary / "README.md", model_card(record, result))
     shutil.rmtree(target, ignore_errors=True)

@@ -30,6 +30,7 @@ from dudi.checkpoints import check_output_dir, clear_run
 from dudi.config import DuDiConfig, ScriptArguments, to_public_dict
 from dudi.data import load_data
 from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
+from dudi.report import write_report
 from dudi.trainer import DuDiTrainer, load_model
 
 
@@ -101,18 +102,22 @@ def load_test_set(script: ScriptArguments) -> Any:
     if script.dataset_test_name is None and script.dataset_test_split is None:
         return None
     return load_data(
-        script.dataset_test_name or script.dataset_name,
+        script.dataset_test_name or str(script.dataset_name),
         name=script.dataset_config,
         split=script.dataset_test_split or "train",
     )
 
 
-def build_trainer(script: ScriptArguments, config: DuDiConfig, train: Any = None, test: Any = None):
+def build_trainer(
+    script: ScriptArguments, config: DuDiConfig, train: Any = None, test: Any = None
+) -> DuDiTrainer:
     """The trainer of a recipe, every input checked; datasets are loaded where none are given."""
     tokenizer = build_tokenizer(script)
     if train is None:
         train = load_data(
-            script.dataset_name, name=script.dataset_config, split=script.dataset_train_split
+            str(script.dataset_name),
+            name=script.dataset_config,
+            split=script.dataset_train_split,
         )
         test = load_test_set(script)
     return DuDiTrainer(
@@ -219,7 +224,7 @@ def run_training(
     console = console or Console()
     quiet_libraries()
     folder = Path(str(config.output_dir))
-    check_output_dir(config.output_dir, resume=script.resume, overwrite=script.overwrite)
+    check_output_dir(folder, resume=script.resume, overwrite=script.overwrite)
     trainer = build_trainer(script, config, train, test)
     console_style(trainer, console, label)
     info = describe(trainer, script, command)
@@ -251,7 +256,5 @@ def run_training(
         evaluate_and_write(trainer, "after", script, console)
         console.print(evaluation_table(_read(folder / "evaluation.json")))
     if trainer.is_world_process_zero():
-        from dudi.report import write_report  # matplotlib, when there is something to draw
-
         console.print(f"Report: {write_report(folder)}")
     return folder

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from dudi_kernels import LMHead
 from torch import Tensor, nn
+
+from dudi_kernels import LMHead
 
 
 class Packed(NamedTuple):
@@ -59,7 +60,7 @@ def pack(
     return Packed(*(t.to(device) for t in packed)) if device is not None else packed
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The transformers causal LM inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -70,9 +71,7 @@ def response_hidden(model: nn.Module, packed: Packed) -> Tensor:
     body = lm.base_model
     if body is lm:
         raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
-    output = body(
-        input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False
-    )
+    output = body(input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False)
     return output.last_hidden_state[packed.row_mask]
 
 

@@ -2,8 +2,8 @@
 
 Before each optimizer step the student draws y- for every micro-batch of the step, so that all means
 are over the global batch (ranks and accumulation). Then, per micro-batch: hidden states of student
-and teacher over [y+; y-], the teacher under its verbalized prompt, one `linear_dudi_loss` inside the
-wrapped model's forward. Everything else (optimizer, schedule, checkpoints, logs) is the Trainer's.
+and teacher over [y+; y-], the teacher under its verbalized prompt, one `linear_dudi_loss` inside
+the wrapped model's forward. All else (optimizer, schedule, checkpoints, logs) is the Trainer's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dudi_kernels import LMHead, linear_dudi_loss, sequence_log_prob
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +36,7 @@ from dudi.reference import Reference
 from dudi.rollout import Rollout, generate
 from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
+from dudi_kernels import LMHead, linear_dudi_loss, sequence_log_prob
 
 WINDOW_FILE = "log_window.json"
 
@@ -99,6 +99,13 @@ class DuDiTrainer(Trainer):
         peft_config: wraps the student in an adapter (`peft`).
     """
 
+    # the Trainer's own annotations admit what __init__ rules out
+    args: DuDiConfig
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -112,6 +119,7 @@ class DuDiTrainer(Trainer):
         peft_config: Any = None,
     ):
         args = args if args is not None else DuDiConfig(output_dir="dudi-output")
+        args.dataloader_pin_memory &= torch.accelerator.is_available()
         tokenizer = processing_class or self._own_tokenizer(model)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
@@ -140,7 +148,6 @@ class DuDiTrainer(Trainer):
             callbacks=[MetricsFile(), self._continuity, *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.args: DuDiConfig
         self._continuity.trainer = self
         self.loss_is_scaled_for_ga = True  # our denominators are global already
         self.teacher = teacher
@@ -266,10 +273,12 @@ class DuDiTrainer(Trainer):
         """Draw y-; the seed depends on run, step, micro-batch and rank only."""
         position = self.state.global_step * self.args.gradient_accumulation_steps + index
         seed = (self.args.seed, position, self.accelerator.process_index)
+        longest = self.args.max_completion_length
+        assert longest is not None  # DuDiConfig saw to it
         rollout = generate(
             self.accelerator.unwrap_model(self.model),
             prompts,
-            max_completion_length=self.args.max_completion_length,
+            max_completion_length=longest,
             eos_token_id=self.processing_class.eos_token_id,
             pad_token_id=self.processing_class.pad_token_id,
             temperature=self.args.rollout_temperature,
@@ -304,7 +313,9 @@ class DuDiTrainer(Trainer):
             module = self.accelerator.unwrap_model(model)
 
             def forward() -> Any:
-                return self._signals(module, student, teacher_hidden, teacher_head, reference, batch)
+                return self._signals(
+                    module, student, teacher_hidden, teacher_head, reference, batch
+                )
 
             with redirected_forward(module, forward):
                 output = model()
@@ -379,7 +390,7 @@ class DuDiTrainer(Trainer):
     def _stop_if_not_finite(self, loss: Tensor, batch: MicroBatch) -> None:
         if torch.isfinite(loss):
             return
-        good = last_checkpoint(self.args.output_dir)
+        good = last_checkpoint(self._run_dir)
         raise NonFiniteLossError(
             f"loss is {loss.item()} at step {self.state.global_step + 1}, dataset rows "
             f"{batch.rows}; no step was taken. "
@@ -445,7 +456,9 @@ class DuDiTrainer(Trainer):
 
         decode = self.processing_class.decode
         table = Table("prompt", "completion", "end", title=f"step {self.state.global_step + 1}")
-        shown = zip(batch.prompts, batch.rollout.completions, batch.rollout.finish_reasons, strict=True)
+        shown = zip(
+            batch.prompts, batch.rollout.completions, batch.rollout.finish_reasons, strict=True
+        )
         for prompt, completion, reason in list(shown)[: a.num_completions_to_print]:
             table.add_row(decode(prompt, skip_special_tokens=True), decode(completion), reason)
         Console().print(table)
@@ -479,12 +492,16 @@ class DuDiTrainer(Trainer):
         for language, values in result.languages.items():
             metrics[f"{metric_key_prefix}_{language}_nll_per_char"] = values["nll_per_char"]
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint.
 
         The first Ctrl-C finishes the step and saves a checkpoint; `self.interrupted` is then True.
@@ -510,6 +527,10 @@ class DuDiTrainer(Trainer):
         self._check_checkpoint(checkpoint)
 
     @property
+    def _run_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
     def interrupted(self) -> bool:
         return self._continuity.requested
 
@@ -526,16 +547,20 @@ class DuDiTrainer(Trainer):
             if not is_whole(folder):
                 raise ValueError(f"resume_from_checkpoint={resume!r} is not a whole checkpoint")
             return folder
-        found = last_checkpoint(self.args.output_dir)
+        found = last_checkpoint(self._run_dir)
         if found is None:
-            raise ValueError(f"there is no whole checkpoint in {self.args.output_dir} to resume from")
+            raise ValueError(
+                f"there is no whole checkpoint in {self.args.output_dir} to resume from"
+            )
         return found
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of another model or another recipe, before anything is loaded."""
         path = checkpoint / CONFIG_FILE
         if not path.exists():
-            raise ValueError(f"{checkpoint} was not written by DuDiTrainer: it has no {CONFIG_FILE}")
+            raise ValueError(
+                f"{checkpoint} was not written by DuDiTrainer: it has no {CONFIG_FILE}"
+            )
         saved = json.loads(path.read_text(encoding="utf-8"))
         wrong = shape_mismatches(causal_lm(self.model).config, checkpoint)
         wrong += resume_mismatches(saved, to_public_dict(self.args))
@@ -565,7 +590,7 @@ class DuDiTrainer(Trainer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft: no hub to compare the base with
             super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir) if output_dir is not None else self._run_dir
         if self.args.should_save and folder.name.startswith("checkpoint-"):
             write_text(folder / CONFIG_FILE, json.dumps(to_public_dict(self.args), indent=1))
             write_text(folder / WINDOW_FILE, json.dumps(self._window_to_save))

@@ -7,6 +7,7 @@ import filecmp
 import gzip
 import json
 from collections import Counter
+from typing import Any, cast
 
 import pytest
 import torch
@@ -241,7 +242,7 @@ def test_processes_and_saved_datasets_leave_nothing_beside_the_data(tokenizer, t
     rows = [{**row, "language": "th"} for row in LIMITED * 2]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     before = sorted(tmp_path.rglob("*"))
-    options = {"verbalizer": ContextVerbalizer(), "split_name": "eval"}
+    options: dict[str, Any] = {"verbalizer": ContextVerbalizer(), "split_name": "eval"}
     alone, counts = prepare_dataset(load_data(tmp_path / "saved"), tokenizer, **options)
     pair = prepare_dataset(load_data(tmp_path / "saved"), tokenizer, num_proc=2, **options)
     assert pair[0][:] == alone[:] and pair[1] == counts
@@ -271,8 +272,9 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_bad_rows_are_named(tokenizer, case):
+    bad: Any
     bad, message = BAD_ROWS[case]
-    good = {k: v for k, v in {**ROW, "messages": [*TURNS, ANSWER]}.items() if k in bad}
+    good: Any = {k: v for k, v in {**ROW, "messages": [*TURNS, ANSWER]}.items() if k in bad}
     if isinstance(bad.get("prompt"), list):
         good = MESSAGES
     good = {**good, **({"language": "th"} if "language" in bad else {})}
@@ -365,7 +367,7 @@ def test_wrong_arguments(tokenizer):
     with pytest.raises(ValueError, match="must have an end-of-sequence token"):
         prepare([ROW], tokenizer)
     with pytest.raises(TypeError, match="pad_token_id must be an int, got None"):
-        DuDiCollator(None)
+        DuDiCollator(cast(Any, None))
 
 
 # ---- batches -----------------------------------------------------------------------------------

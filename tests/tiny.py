@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from dudi.config import DuDiConfig
 from dudi.demo_data import data_path, translation_rows
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 VOCAB = 16_384
 

@@ -1,0 +1,36 @@
+"""A short run for test_distributed.py: `python train_once.py FOLDER BATCH_SIZE`, also in torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import tiny
+
+from dudi.trainer import DuDiTrainer
+
+
+def main(folder: str, batch_size: int) -> None:
+    config = tiny.config(
+        folder,
+        per_device_train_batch_size=batch_size,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        on_policy_weight=0.0,
+        preference_weight=0.0,  # samples depend on the rank that draws them
+        ce_weight=0.5,
+        optim="sgd",
+        max_steps=3,
+    )
+    trainer = DuDiTrainer(
+        tiny.model(0),
+        tiny.model(1),
+        args=config,
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    trainer.save_model(f"{folder}/model")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
