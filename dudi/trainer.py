@@ -250,7 +250,13 @@ class DuDiTrainer(Trainer):
         teacher = None
         if self.teacher is not None:
             seen = _unpad(batch, "teacher_prompt")
-            teacher = pack([seen[i] for i, _ in order], texts, pad, segments=segments)
+            scored = [(i, side) for i, side in order if side in self._taught_sides]
+            teacher = pack(
+                [seen[i] for i, _ in scored],
+                [responses[side][i] for i, side in scored],
+                pad,
+                segments=[2 * i + side for i, side in scored],
+            )
         rows_given, rows_drawn = (sum(map(len, responses.get(side, []))) for side in (0, 1))
         counts = torch.tensor([rows_given, rows_drawn, len(prompts)], dtype=torch.float32)
         return MicroBatch(
@@ -268,6 +274,15 @@ class DuDiTrainer(Trainer):
         """Whether any signal reads the given responses y+."""
         a = self.args
         return a.off_policy_weight > 0 or a.ce_weight > 0 or a.preference_weight > 0
+
+    @property
+    def _taught_sides(self) -> tuple[int, ...]:
+        """Which of y+ (0) and y- (1) the teacher has to score; the other costs it nothing."""
+        a = self.args
+        if a.preference_weight > 0 and a.reference == "teacher":
+            return (0, 1)
+        weights = (a.off_policy_weight, a.on_policy_weight)
+        return tuple(side for side in (0, 1) if weights[side] > 0)
 
     def _sample(self, prompts: list[Tensor], index: int) -> Rollout:
         """Draw y-; the seed depends on run, step, micro-batch and rank only."""
@@ -330,7 +345,14 @@ class DuDiTrainer(Trainer):
             return None, None
         teacher = self.accelerator.unwrap_model(self.teacher)
         packed = Packed(*(t.to(device) for t in batch.teacher))
-        return response_hidden(teacher, packed), lm_head(teacher)
+        hidden = response_hidden(teacher, packed)
+        rows = batch.student.segment_ids.to(device)
+        if len(hidden) < len(rows):  # nothing reads the teacher's rows of the other side
+            sides = torch.tensor(self._taught_sides, device=device)
+            whole = hidden.new_zeros(len(rows), hidden.shape[1])
+            whole[torch.isin(rows % 2, sides)] = hidden
+            hidden = whole
+        return hidden, lm_head(teacher)
 
     @torch.no_grad()
     def _reference_log_prob(self, packed: Packed) -> Tensor | str | None:

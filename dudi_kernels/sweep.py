@@ -124,7 +124,7 @@ class _Sweep:
         """Everything about a chunk, one tile after the other while it is in cache."""
         self._project(start, stop)
         for a, b, measure in self._tiles(start, stop):
-            self._normalize(start, a, b)
+            self._normalize(start, a, b, self._reads_teacher(measure))
             self._terms(start, a, b, measure, coefficient)
         self._accumulate(start, stop)
 
@@ -132,8 +132,8 @@ class _Sweep:
         """Its logits stay until its coefficients are known."""
         self._project(start, stop)
         tiles = self._tiles(start, stop)
-        for a, b, _ in tiles:
-            self._normalize(start, a, b)
+        for a, b, measure in tiles:
+            self._normalize(start, a, b, self._reads_teacher(measure))
         coefficient = self._coefficient(start, stop)
         for a, b, measure in tiles:
             self._terms(start, a, b, measure, coefficient)
@@ -144,7 +144,7 @@ class _Sweep:
         for start, stop in group:
             self._project(start, stop, teacher=self.task.teacher_log_prob)
             for a, b, _ in self._tiles(start, stop):
-                self._normalize(start, a, b, teacher=self.task.teacher_log_prob)
+                self._normalize(start, a, b, self.task.teacher_log_prob)
         first, last = group[0][0], group[-1][1]
         coefficient = self._coefficient(first, last)
         for start, stop in group:
@@ -174,6 +174,9 @@ class _Sweep:
         size = self.task.plan.tile_rows
         return [(i, j, measure) for a, b, measure in runs for i, j in chunks(a, b, size)]
 
+    def _reads_teacher(self, measure: Measure | None) -> bool:
+        return measure is not None or self.task.teacher_log_prob
+
     def _taught(self, start: int, stop: int) -> list[Chunk]:
         """Row ranges whose teacher logits anything reads."""
         if self.task.teacher is None or self.task.teacher_log_prob:
@@ -196,7 +199,7 @@ class _Sweep:
             for a, b in self._taught(start, stop):
                 self.backend.project(hidden[a:b], head, self.log_p[a - start : b - start])
 
-    def _normalize(self, start: int, a: int, b: int, teacher: bool = True) -> None:
+    def _normalize(self, start: int, a: int, b: int, teacher: bool) -> None:
         task, local = self.task, slice(a - start, b - start)
         targets = None if task.targets is None else task.targets[a:b]
         log_sum = None if self.log_sum is None else self.log_sum[a:b]

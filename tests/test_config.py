@@ -178,6 +178,9 @@ def test_output_dir(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     check_output_dir(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "file").exists()  # checking deletes nothing
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(ValueError, match="holds more than a run"):
+        check_output_dir(tmp_path, resume=False, overwrite=True)
 
 
 def test_output_dir_that_cannot_be_written() -> None:

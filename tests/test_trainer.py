@@ -166,6 +166,21 @@ def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_teacher_scores_only_the_side_that_needs_it(tmp_path: Path) -> None:
+    """off_policy_weight=0 with cross-entropy: the teacher reads y- alone, to the same loss."""
+    losses_seen = []
+    for sides in (None, (0, 1)):
+        folder = tmp_path / str(sides)
+        trainer = make(folder, off_policy_weight=0.0, preference_weight=0.0, ce_weight=1.0)
+        if sides is None:
+            assert trainer._taught_sides == (1,)
+        else:
+            trainer.__class__ = type("Both", (DuDiTrainer,), {"_taught_sides": sides})
+        trainer.train()
+        losses_seen.append([r["loss"] for r in losses(folder)])
+    assert losses_seen[0] == pytest.approx(losses_seen[1], rel=1e-6)
+
+
 def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No samples without a signal that needs them; no teacher for plain cross-entropy."""
     monkeypatch.setattr("dudi.trainer.generate", lambda *a, **k: pytest.fail("sampled"))
