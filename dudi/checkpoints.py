@@ -68,10 +68,10 @@ def check_output_dir(path: str | Path, *, resume: bool, overwrite: bool) -> None
                 "--overwrite to replace it"
             )
         if not any(True for pattern in OUR_FILES for _ in folder.glob(pattern)):
-            raise ValueError(f"output_dir {folder} holds no run; it will not be overwritten")
+            raise ValueError(f"output_dir {folder} holds no run: not overwritten")
         here = Path.cwd()
         if (folder / ".git").exists() or folder.resolve() in (here, *here.parents):
-            raise ValueError(f"output_dir {folder} holds more than a run; it will not be overwritten")
+            raise ValueError(f"output_dir {folder} holds more than a run: not overwritten")
     if resume and not folder.is_dir():
         raise ValueError(f"output_dir {folder} does not exist: there is nothing to resume")
     _check_writable(folder)

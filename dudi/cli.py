@@ -2,7 +2,8 @@
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
-is told in one line (exit status 2; DUDI_DEBUG=1 shows the traceback); Ctrl-C exits with 130.
+is told in one line (exit status 2; DUDI_DEBUG=1 shows the traceback), as is a run that failed by
+itself (a non-finite loss: 1); Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ def main(words: list[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-        return 2
+        return 1 if isinstance(error, RuntimeError) else 2  # ours: NonFiniteLossError
     return 0
 
 

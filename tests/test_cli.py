@@ -11,6 +11,7 @@ import pytest
 
 from dudi import __version__, cli
 from dudi.config import DuDiConfig, ScriptArguments, field_types, parse
+from dudi.trainer import NonFiniteLossError
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 FIXED = {"remove_unused_columns", "logging_nan_inf_filter"}  # options with one legal value
@@ -137,6 +138,17 @@ def test_debugging_and_interrupting(
     monkeypatch.setenv("DUDI_DEBUG", "1")
     with pytest.raises(ValueError, match="trian"):
         cli.main(["trian"])
+
+
+def test_a_non_finite_loss_is_no_mistake_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(*args: Any) -> None:
+        raise NonFiniteLossError("loss is nan at step 3, rows 4, 5")
+
+    monkeypatch.setattr("dudi.cli.show_help", diverge)
+    assert cli.main([]) == 1
+    assert capsys.readouterr().err == "error: loss is nan at step 3, rows 4, 5\n"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

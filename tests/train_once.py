@@ -1,4 +1,4 @@
-"""A short run for test_distributed.py: `python train_once.py FOLDER BATCH_SIZE`, also in torchrun."""
+"""A short run for test_distributed.py: `train_once.py FOLDER BATCH_SIZE`, alone or in torchrun."""
 
 from __future__ import annotations
 
