@@ -161,6 +161,7 @@ def quiet_libraries() -> None:
 
 def console_style(trainer: DuDiTrainer, console: Console, label: str) -> None:
     """One readable line a log event in place of bars and dicts."""
+    quiet_libraries()  # the Trainer turns bars on again
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
