@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def run_demo(
         "title": "DuDi demo",
         "command": f"dudi demo --seed {seed}",
         "environment": environment(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "languages": sorted(set(train["language"])),
         "config": {name: recipe("student", name) for name in RUNS} | {"seed": seed},
     }

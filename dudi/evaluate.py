@@ -215,9 +215,16 @@ def _check(model: Any, teacher: Any, rows: list[Any], batch_size: int, limit: in
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None and limit < 0:
         raise ValueError(f"generate_rows must not be negative, got {limit}")
-    if teacher is not None and lm_head(teacher).vocab_size != lm_head(model).vocab_size:
+    size = lm_head(model).vocab_size
+    largest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in rows)
+    if largest >= size:
         raise ValueError(
-            f"teacher must share the model's vocabulary of {lm_head(model).vocab_size}, "
+            f"dataset must hold ids of the model's vocabulary of {size}, got {largest}: "
+            "its tokenizer belongs to another model"
+        )
+    if teacher is not None and lm_head(teacher).vocab_size != size:
+        raise ValueError(
+            f"teacher must share the model's vocabulary of {size}, "
             f"got {lm_head(teacher).vocab_size}"
         )
 
@@ -257,7 +264,8 @@ def evaluate_model(
         Both models get their training mode back.
 
     Raises:
-        ValueError: a dataset that is empty or not prepared; a teacher of another vocabulary.
+        ValueError: a dataset that is empty, not prepared, or of another tokenizer's ids; a teacher
+            of another vocabulary.
     """
     rows = list(dataset)
     _check(model, teacher, rows, batch_size, generate_rows)
@@ -320,6 +328,8 @@ def run_evaluation(
     from transformers import AutoTokenizer
 
     console = console or Console()
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"output must be a file, got the folder {str(output)!r}")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path or model_name_or_path)
     dataset, _ = prepare_dataset(
         load_data(dataset_name, name=dataset_config, split=split),

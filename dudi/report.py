@@ -1,60 +1,47 @@
 """A run folder as one self-contained HTML page: no scripts, no requests, light or dark.
 
-Three steps: `collect` reads what the folder has, the chart functions turn numbers into coordinates
-(`line_chart`) and shares (`bars`), and data/report.html.j2 draws them as inline SVG and HTML.
-A file that is missing leaves its section out. A demo's folder, which holds several runs, works too.
+`collect` (report_read.py) reads what the folder has, report_figures.py turns it into figures, and
+this file tells the story: a headline, key figures, samples, what was run. data/report.html.j2 is
+the page. A file that is missing leaves its section out; a demo's folder works too.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
-from dudi.callbacks import METRICS_FILE, write_text
-from dudi.verbalize import LANGUAGE_NAMES
+from dudi.callbacks import write_text
+from dudi.report_figures import (
+    BOTTOM,
+    DASH,
+    FIGURES,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    compared,
+    count,
+    curve,
+    duration,
+    is_number,
+    language_name,
+    loss_charts,
+    moment,
+    number,
+    option,
+    percent,
+    results,
+    short,
+)
+from dudi.report_read import Collected, collect
 
-FILES = ("run.json", METRICS_FILE, "evaluation.json", "summary.json")
-DASH = "–"
-POINTS = tuple[list[float], list[float]]  # steps and values
-MAX_POINTS = 400  # of a drawn curve; more would only make the file larger
 SAMPLES = 3  # of each language
 MAX_TEXT = 600  # characters of a sample's text
-
-
-class Figure(NamedTuple):
-    """One measured quantity: how it is named, printed and judged."""
-
-    key: str
-    title: str
-    unit: str
-    digits: int
-    lower_is_better: bool
-
-
-FIGURES = (
-    Figure("nll_per_char", "NLL per character", "nats", 3, True),
-    Figure("nll_per_token", "NLL per token", "nats", 3, True),
-    Figure("kl_to_teacher", "KL to teacher", "nats a token", 3, True),
-    Figure("chrf", "chrF of greedy generations", "0 to 100", 1, False),
-)
-CURVES = (
-    ("loss", "Total loss", "weighted sum of a run's own signals"),
-    ("off_policy_loss", "Off-policy signal", "divergence from the teacher on references"),
-    ("on_policy_loss", "On-policy signal", "divergence from the teacher on own samples"),
-    ("preference_loss", "Preference signal", "references over own samples"),
-    ("ce_loss", "Cross-entropy", "of the references"),
-    ("entropy", "Entropy", "of the student's predictions"),
-    ("eval_nll_per_char", "Held-out NLL", "per character, during training"),
-)
 MODELS = {  # what the demo's and a run's labels stand for
     "teacher": "what is learnt from",
     "warm": "the common start: cross-entropy from scratch",
@@ -71,343 +58,6 @@ KEY_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_prompt_length", "max_completion_length", "seed",
 )  # fmt: skip
-
-
-# ---- reading -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Collected:
-    """What a run folder holds; empty where it holds nothing."""
-
-    folder: Path
-    info: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by run; "" if single
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # by run
-
-
-def collect(run_dir: str | Path) -> Collected:
-    """Read a run folder or a demo's folder.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: a folder without any of a run's files, or a file that cannot be parsed.
-    """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"run_dir must be a folder, got {folder}, which is none")
-    children = _children(folder)
-    found = Collected(
-        folder,
-        info=_read_json(folder / "run.json"),
-        metrics=_metrics(folder, children),
-        evaluations=_read_json(folder / "evaluation.json"),
-        summary=_read_json(folder / "summary.json"),
-    )
-    found.settings = _settings(found.info, children)
-    if not (found.info or found.metrics or found.evaluations or found.summary):
-        raise ValueError(f"run_dir must hold one of {', '.join(FILES)}, got {folder}")
-    return found
-
-
-def _children(folder: Path) -> dict[str, Path]:
-    """Run folders inside a demo's folder, in the order in which they were begun."""
-    runs = [p.parent for p in folder.glob("*/run.json")]
-    begun = {run: str(_read_json(run / "run.json").get("started", "")) for run in runs}
-    return {run.name: run for run in sorted(runs, key=lambda run: (begun[run], run.name))}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; a last line that a killed run left unfinished is let go."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}, must hold JSON: {error}") from error
-    return records
-
-
-def _metrics(folder: Path, children: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    """Log events by run: of the folder's own file, or of each run inside where it has none."""
-    own = _read_metrics(folder / METRICS_FILE)
-    if not own:
-        inner = {name: _read_metrics(path / METRICS_FILE) for name, path in children.items()}
-        return {name: records for name, records in inner.items() if records}
-    grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in own:
-        grouped[str(record.get("run", ""))].append(record)
-    return dict(grouped)
-
-
-def _settings(info: dict[str, Any], children: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Options by run."""
-    if children:
-        infos = {name: _read_json(path / "run.json") for name, path in children.items()}
-    else:
-        infos = {"": info}
-    merged = {
-        name: {**own.get("script", {}), **own.get("config", {})} for name, own in infos.items()
-    }
-    return {name: options for name, options in merged.items() if options}
-
-
-# ---- printing numbers --------------------------------------------------------------------------
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """Fixed digits; an en dash for what could not be measured."""
-    return f"{value:,.{digits}f}".replace("-", "−") if is_number(value) else DASH
-
-
-def short(value: Any) -> str:
-    """A value of whatever magnitude in about three digits: 0.412, 18.3, 1,234."""
-    if not is_number(value):
-        return DASH
-    size = abs(value)
-    return number(value, 3 if size < 10 else 1 if size < 1000 else 0)
-
-
-def count(value: Any) -> str:
-    """4,305 -> 4,305; 1,250,000 -> 1.25 M."""
-    if not is_number(value):
-        return DASH
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:,.0f}"
-
-
-def duration(seconds: Any) -> str:
-    if not is_number(seconds):
-        return DASH
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
-
-
-def moment(text: Any) -> str:
-    """An ISO time as people write it."""
-    try:
-        return datetime.fromisoformat(str(text)).strftime("%-d %B %Y, %H:%M %Z").strip()
-    except ValueError:
-        return str(text)
-
-
-def percent(new: float, old: float) -> str:
-    """The change in percent of the old value, signed."""
-    return f"{100 * (new - old) / abs(old):+.1f} %".replace("-", "−")
-
-
-def option(value: Any) -> str:
-    """A setting as one line."""
-    if value is None:
-        return DASH
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def language_name(code: str) -> str:
-    return {"all": "All rows"}.get(code) or LANGUAGE_NAMES.get(code, code)
-
-
-def clipped(text: Any) -> str:
-    text = str(text)
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rstrip() + " …"
-
-
-# ---- charts ------------------------------------------------------------------------------------
-
-
-class Line(NamedTuple):
-    run: str
-    raw: str  # points of an SVG polyline
-    smooth: str
-    first: str
-    last: str
-
-
-class LineChart(NamedTuple):
-    title: str
-    note: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    lines: list[Line]
-
-
-# Of the drawing in SVG units; the page scales it to its column.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360.0, 200.0, 40.0, 12.0, 10.0, 24.0
-
-
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most `most` round numbers in [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    for step in (power * m for m in (1, 2, 5, 10, 20)):
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if last - first < most:
-            break
-    return [step * i for i in range(first, last + 1)]
-
-
-def labelled(marks: Sequence[float]) -> list[tuple[float, str]]:
-    """Ticks with as many decimals as their step needs."""
-    step = marks[1] - marks[0] if len(marks) > 1 else 1.0
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [(mark, number(mark, digits)) for mark in marks]
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred moving mean over about a tenth of the values: it does not lag."""
-    half = max(1, len(values) // 20) if len(values) >= 8 else 0
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def curve(records: Iterable[dict[str, Any]], key: str, offset: float) -> POINTS:
-    """Steps and finite values of one metric, shifted by the steps of an earlier run."""
-    kept = [(r["step"] + offset, r[key]) for r in records if is_number(r.get(key))]
-    return [step for step, _ in kept], [value for _, value in kept]
-
-
-def _span(values: Iterable[float], margin: float) -> tuple[float, float]:
-    values = list(values)
-    low, high = min(values), max(values)
-    pad = margin * (high - low) or margin * abs(high) or margin
-    return low - pad, high + pad
-
-
-def line_chart(title: str, note: str, curves: Mapping[str, POINTS]) -> LineChart:
-    """Coordinates of one small chart, raw and smoothed, a line for each run."""
-    x_low, x_high = _span((x for xs, _ in curves.values() for x in xs), 0.01)
-    y_low, y_high = _span((y for _, ys in curves.values() for y in ys), 0.06)
-
-    def at_x(x: float) -> float:
-        return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
-
-    def at_y(y: float) -> float:
-        return round(TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    def polyline(xs: Sequence[float], ys: Sequence[float]) -> str:
-        stride = math.ceil(len(xs) / MAX_POINTS)
-        points = zip(xs[::stride], ys[::stride], strict=True)
-        return " ".join(f"{at_x(x)},{at_y(y)}" for x, y in points)
-
-    lines = []
-    for run, (xs, ys) in curves.items():
-        means = smoothed(ys)
-        ends = (short(means[0]), short(means[-1]))
-        lines.append(Line(run, polyline(xs, ys), polyline(xs, means), *ends))
-    return LineChart(
-        title,
-        note,
-        [(at_x(x), f"{x:,.0f}") for x in ticks(x_low, x_high) if x == int(x)],
-        [(at_y(y), text) for y, text in labelled(ticks(y_low, y_high))],
-        lines,
-    )
-
-
-def loss_charts(metrics: Mapping[str, list[dict[str, Any]]]) -> list[LineChart]:
-    """A chart for each signal that was logged; runs that go on from `warm` start at its end."""
-    warm_steps = max((r.get("step", 0) for r in metrics.get("warm", [])), default=0)
-    charts = []
-    for key, title, note in CURVES:
-        curves = {
-            run: curve(records, key, 0 if run == "warm" else warm_steps)
-            for run, records in metrics.items()
-        }
-        curves = {run: points for run, points in curves.items() if points[0]}
-        if any(len(xs) > 1 for xs, _ in curves.values()):
-            charts.append(line_chart(title, note, curves))
-    return charts
-
-
-# ---- results -----------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    text: str
-    share: float  # of the longest bar, in percent
-    best: bool
-
-
-class Result(NamedTuple):
-    """One figure of every model: the rows of a table and of a bar chart."""
-
-    figure: Figure
-    rows: list[tuple[str, list[Cell]]]  # "mean" or a language's code
-
-
-def _cells(figure: Figure, values: dict[str, Any], longest: float) -> list[Cell]:
-    trained = [v for label, v in values.items() if label != "teacher" and is_number(v)]
-    best = (min if figure.lower_is_better else max)(trained) if len(trained) > 1 else None
-    cells = []
-    for label, value in values.items():
-        share = 100 * max(value, 0) / longest if is_number(value) and longest else 0
-        is_best = label != "teacher" and best is not None and value == best
-        cells.append(Cell(number(value, figure.digits), round(share, 2), is_best))
-    return cells
-
-
-def results(evaluations: Mapping[str, dict[str, Any]]) -> list[Result]:
-    """Every figure that was measured, by language and in the mean."""
-    codes = {code for e in evaluations.values() for code in e.get("languages", {})}
-    found = []
-    for figure in FIGURES:
-        table = {
-            code: {
-                label: (e.get("mean", {}) if code == "mean" else e["languages"].get(code, {})).get(
-                    figure.key
-                )
-                for label, e in evaluations.items()
-            }
-            for code in (["mean"] * (len(codes) > 1) + sorted(codes, key=language_name))
-        }
-        measured = [v for values in table.values() for v in values.values() if is_number(v)]
-        if any(measured):  # all 0: a teacher compared with itself
-            rows = [(code, _cells(figure, v, max(measured))) for code, v in table.items()]
-            found.append(Result(figure, rows))
-    return found
-
-
-def samples(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """A few rows of each language, evenly spaced, with what each model wrote."""
-    merged: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
-    for label, evaluation in evaluations.items():
-        for sample in evaluation.get("samples", []):
-            row = merged[sample["language"]].setdefault(sample["row"], {**sample, "written": {}})
-            row["written"][label] = clipped(sample["generation"])
-            row["prompt"], row["reference"] = clipped(row["prompt"]), clipped(row["reference"])
-    chosen = {}
-    for language, by_row in sorted(merged.items(), key=lambda item: language_name(item[0])):
-        rows = [by_row[row] for row in sorted(by_row)]
-        few = min(SAMPLES, len(rows))
-        chosen[language] = [rows[i * len(rows) // few] for i in range(few)]
-    return chosen
 
 
 # ---- the story ---------------------------------------------------------------------------------
@@ -526,9 +176,14 @@ def cards(found: Collected) -> list[Card]:
 
 
 def models(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the demo's table of models."""
+    """Rows of the demo's table of models: what each is and cost, and its mean figures as cells."""
+    named = {label: values for label, values in summary.items() if isinstance(values, dict)}
+    means = {label: values.get("mean", {}) for label, values in named.items()}
+    columns = [compared(f, {label: m.get(f.key) for label, m in means.items()}) for f in FIGURES]
+    costs = ("parameters", "optimizer_steps", "seconds")
     return [
-        {"label": label, **values} for label, values in summary.items() if isinstance(values, dict)
+        {"label": label, "cells": cells, **{name: named[label].get(name) for name in costs}}
+        for label, *cells in zip(named, *columns, strict=True)
     ]
 
 
@@ -539,7 +194,7 @@ def facts(found: Collected) -> list[tuple[str, str]]:
     if info.get("started"):
         told.append(("Started", moment(info["started"])))
     if info.get("languages"):
-        told.append(("Languages", ", ".join(map(language_name, info["languages"]))))
+        told.append(("Languages", ", ".join(sorted(map(language_name, info["languages"])))))
     for split, counts in info.get("data", {}).items():
         parts = [f"{count(n)} {name.replace('_', ' ')}" for name, n in counts.items() if n]
         told.append((f"Data, {split}", ", ".join(parts)))
@@ -568,6 +223,27 @@ def settings(by_run: Mapping[str, dict[str, Any]]) -> Settings:
         [(n, t) for n, t in told.items() if n in KEY_SETTINGS],
         [(n, t) for n, t in told.items() if n not in KEY_SETTINGS],
     )
+
+
+def clipped(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rstrip() + " …"
+
+
+def samples(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A few rows of each language, evenly spaced, with what each model wrote."""
+    merged: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
+    for label, evaluation in evaluations.items():
+        for sample in evaluation.get("samples", []):
+            row = merged[sample["language"]].setdefault(sample["row"], {**sample, "written": {}})
+            row["written"][label] = clipped(sample["generation"])
+            row["prompt"], row["reference"] = clipped(row["prompt"]), clipped(row["reference"])
+    chosen = {}
+    for language, by_row in sorted(merged.items(), key=lambda item: language_name(item[0])):
+        rows = [by_row[row] for row in sorted(by_row)]
+        few = min(SAMPLES, len(rows))
+        chosen[language] = [rows[i * len(rows) // few] for i in range(few)]
+    return chosen
 
 
 # ---- the page ----------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def test_rows_without_language() -> None:
     ("change", "message"),
     [
         ({"teacher": 99}, r"teacher must share the model's vocabulary of 16384, got 99"),
+        ({"model": 99}, r"dataset must hold ids of the model's vocabulary of 99, got \d{3,}"),
         ({"dataset": []}, "dataset must not be empty"),
         ({"dataset": [{"prompt": "a"}]}, r"must come from dudi.data.prepare_dataset.*prompt_ids"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -196,11 +197,16 @@ def test_rows_without_language() -> None:
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
-    if "teacher" in change:
-        change = {"teacher": tiny.model(vocab=change["teacher"])}
-    arguments = {"dataset": prepared(1), **change}
+    for name in {"model", "teacher"} & change.keys():
+        change = {name: tiny.model(vocab=change[name])}
+    arguments = {"model": tiny.model(), "dataset": prepared(1), **change}
     with pytest.raises(ValueError, match=message):
-        evaluate_model(tiny.model(), tiny.tokenizer(), **arguments)
+        evaluate_model(tokenizer=tiny.tokenizer(), **arguments)
+
+
+def test_output_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"output must be a file, got the folder '"):
+        run_evaluation("no/model", "no.jsonl", output=tmp_path)
 
 
 def test_run_evaluation(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dudi import report
+from dudi import report, report_figures
 from dudi.demo_data import LANGUAGES, ui_strings
 
 LEVELS = {"teacher": 1.61, "warm": 2.63, "sft": 2.26, "dudi": 1.94, "before": 2.63, "after": 1.94}
@@ -131,7 +131,7 @@ def demo_folder(folder: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Sections by their heading, the text, and whatever a browser would go and fetch."""
+    """Sections by heading, the text, bold figures and whatever a browser would go and fetch."""
 
     VOID = ("meta", "line", "polyline", "link", "img", "br")
 
@@ -142,6 +142,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.fetched: list[str] = []
         self.count: dict[str, int] = {}
+        self.bold: list[str] = []  # in the table of models
         self.feed(html)
         self.close()
         assert not self.open, f"unclosed: {self.open}"
@@ -167,6 +168,8 @@ class Page(HTMLParser):
             return
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
+        if self.open[-2:] == ["td", "b"] and self.headings[-1] == "The models":
+            self.bold.append(data)
         self.words += data.split()
 
     @property
@@ -191,6 +194,7 @@ def test_demo(tmp_path: Path) -> None:
     ) in found.text
     assert found.count["svg"] == 6  # total, three signals, cross-entropy, entropy
     assert found.count["polyline"] == 2 * (3 + 1 + 1 + 1 + 3 + 3)
+    assert found.bold == ["1.989", "6.562", "0.867", "28.2"]  # of the models, the best student's
     assert "2.14 M" in found.text and "18 min 6 s" in found.text and "(nothing)" in found.text
     assert ui_strings()[40]["km"] in found.text
     assert [p.name for p in tmp_path.glob("report*")] == ["report.html"]
@@ -214,6 +218,15 @@ def test_best_of_the_trained_models_is_marked() -> None:
         for _, cells in result.rows:
             assert [cell.best for cell in cells] == [False, False, False, True]
         assert max(cell.share for _, cells in result.rows for cell in cells) == 100
+
+
+def test_a_figure_of_zero_is_told_unless_it_says_nothing() -> None:
+    """A chrF of 0 everywhere is a result; the KL of the teacher from itself is none."""
+    zero = {"kl_to_teacher": 0.0, "chrf": 0.0, "nll_per_char": None, "nll_per_token": math.nan}
+    found = report.results({k: {"languages": {"th": zero}} for k in ("before", "after")})
+    assert [(r.figure.key, [c.text for c in r.rows[0][1]]) for r in found] == [
+        ("chrf", ["0.0", "0.0"])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +277,12 @@ def test_text_is_escaped_and_gaps_are_dashes(tmp_path: Path) -> None:
         (None, "", r"run_dir must hold one of run\.json, .*, got .*folder"),
         ("run.json", "{", r"run\.json must hold JSON"),
         ("evaluation.json", "[]", r"evaluation\.json must hold a JSON object, got list"),
+        (
+            "evaluation.json",
+            '{"after": 3}',
+            r"'after' of .*\.json must hold a JSON object, got int",
+        ),
+        ("metrics.jsonl", "3\n", r"metrics\.jsonl, line 1, must hold a JSON object, got int"),
         ("metrics.jsonl", '{"st\n{"step": 1}\n', r"metrics\.jsonl, line 1, must hold JSON"),
     ],
 )
@@ -300,7 +319,7 @@ def test_headline_tells_a_loss_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (-3.2, 41.0), (1799.0, 1801.0), (1e-6, 3e-6)])
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    marks = report.ticks(low, high)
+    marks = report_figures.ticks(low, high)
     assert 2 <= len(marks) <= 6 and min(marks) >= low - 1e-9 and max(marks) <= high + 1e-9
     gaps = [b - a for a, b in pairwise(marks)]
     assert gaps == pytest.approx([gaps[0]] * len(gaps))
