@@ -24,12 +24,33 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def checked_object(content: Any, place: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; none where there is no file."""
+    """Records of a JSON-lines file, none where there is no file.
+
+    A last line that a killed run left unfinished is let go; any other that can't be read is an
+    error that names file and line.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, must hold JSON: {error}") from error
+            break
+        records.append(checked_object(record, f"{path}, line {number},"))
+    return records
 
 
 class MetricsFile(TrainerCallback):

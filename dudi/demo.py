@@ -27,14 +27,13 @@ from dudi.checkpoints import check_output_dir, clear_run
 from dudi.config import from_options
 from dudi.data import prepare_dataset
 from dudi.demo_data import data_path, translation_rows
-from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
+from dudi.evaluate import FIGURES, Evaluation, evaluate_model, evaluation_table
 from dudi.report import write_report
 from dudi.run import environment, run_training
 from dudi.verbalize import ContextVerbalizer
 
 RUNS = ("warm", "sft", "dudi")
 GENERATED_ROWS = 32  # test rows a language whose generations are scored
-FIGURES = ("nll_per_char", "nll_per_token", "kl_to_teacher", "chrf")
 TEACHER_BYTES = 15_000_000  # what the package may carry
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dudi.callbacks import METRICS_FILE
+from dudi.callbacks import METRICS_FILE, checked_object, read_jsonl
 
 FILES = ("run.json", METRICS_FILE, "evaluation.json", "summary.json")
 
@@ -50,7 +50,7 @@ def collect(run_dir: str | Path) -> Collected:
         summary=_read_json(folder / "summary.json"),
     )
     for label, evaluation in found.evaluations.items():
-        _check_object(evaluation, f"{label!r} of {folder / 'evaluation.json'}")
+        checked_object(evaluation, f"{label!r} of {folder / 'evaluation.json'}")
     found.settings = _settings(found.info, children)
     if not (found.info or found.metrics or found.evaluations or found.summary):
         raise ValueError(f"run_dir must hold one of {', '.join(FILES)}, got {folder}")
@@ -71,39 +71,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must hold JSON: {error}") from error
-    return _check_object(content, str(path))
-
-
-def _check_object(content: Any, place: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{place} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; a last line that a killed run left unfinished is let go."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}, must hold JSON: {error}") from error
-            break
-        records.append(_check_object(record, f"{path}, line {number},"))
-    return records
+    return checked_object(content, str(path))
 
 
 def _metrics(folder: Path, children: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """Log events by run: of the folder's own file, or of each run inside where it has none."""
-    own = _read_metrics(folder / METRICS_FILE)
+    own = read_jsonl(folder / METRICS_FILE)
     if not own:
-        inner = {name: _read_metrics(path / METRICS_FILE) for name, path in children.items()}
+        inner = {name: read_jsonl(path / METRICS_FILE) for name, path in children.items()}
         return {name: records for name, records in inner.items() if records}
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in own:
