@@ -126,16 +126,18 @@ class ConsoleProgress(TrainerCallback):
 
 
 class Continuity(TrainerCallback):
-    """No step is lost or told twice: the first Ctrl-C finishes the step, saves and stops; a resumed
-    run goes on with the log window that the checkpoint cut in two."""
+    """No step is lost, spoilt or told twice: the first Ctrl-C finishes the step, saves and stops; a
+    step whose gradients are not finite is not taken; a resumed run goes on with the log window that
+    the checkpoint cut in two."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # Ctrl-C came
+        self.stopped = False  # and ended the run before its last step
         self.trainer: Any = None
         self._previous: Any = None
 
     def install(self) -> None:
-        self.requested = False
+        self.requested = self.stopped = False
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
 
@@ -155,9 +157,14 @@ class Continuity(TrainerCallback):
     ) -> None:
         self.trainer.restore_window()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.check_gradients()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.any_rank(self.requested) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
-            self.requested = True
+            self.stopped = True

@@ -12,6 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from dudi.config import resume_mismatches
+
 CONFIG_FILE = "dudi_config.json"
 STATE_FILE = "trainer_state.json"
 
@@ -34,23 +38,69 @@ def last_checkpoint(run_dir: str | Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def shape_mismatches(model_config: Any, checkpoint: Path) -> list[str]:
-    """Architecture fields in which a checkpoint's model differs from the model to be resumed."""
-    path = checkpoint / "config.json"
-    if not path.exists():  # an adapter's checkpoint has no model configuration
+# ---- does it belong to this run ------------------------------------------------------------------
+
+# What loading, saving or the Trainer may change in a model's configuration.
+PASSING = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def model_mismatches(model_config: Any, checkpoint: Path) -> list[str]:
+    """Settings of the architecture in which a checkpoint differs from the model to be resumed."""
+    if not (checkpoint / "config.json").exists():  # an adapter's checkpoint
         return []
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    saved, own = (
+        json.loads(json.dumps(config.to_dict(), default=str))
+        for config in (AutoConfig.from_pretrained(checkpoint), model_config)
+    )
+    names = (n for n in own if not n.startswith("_") and not n.endswith("_token_id"))
     return [
-        f"{name}: checkpoint {saved[name]}, model {getattr(model_config, name)}"
+        f"{name}: checkpoint {saved.get(name)}, model {own[name]}"
         for name in names
-        if name in saved and saved[name] != getattr(model_config, name, saved[name])
+        if name not in PASSING and saved.get(name) != own[name]
     ]
+
+
+def run_mismatches(current: dict[str, Any], checkpoint: Path) -> list[str]:
+    """In what recipe, adapter or data a checkpoint differs from the run that would go on."""
+    path = checkpoint / CONFIG_FILE
+    if not path.exists():
+        return [f"it was not written by DuDiTrainer, there is no {CONFIG_FILE}"]
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        *resume_mismatches(saved["config"], current["config"]),
+        *_adapter_mismatches(saved["adapter"], current["adapter"]),
+        *_data_mismatches(saved["data"], current["data"]),
+    ]
+
+
+def _adapter_mismatches(saved: dict[str, Any] | None, current: dict[str, Any] | None) -> list[str]:
+    if saved is None or current is None:
+        told = [("no adapter" if s is None else f"a {s['peft_type']}") for s in (saved, current)]
+        return [] if saved == current else [f"it has {told[0]}, this run {told[1]}"]
+    return [
+        f"adapter {name} was {saved.get(name)!r}, is {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+
+
+def _data_mismatches(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    if saved == current:
+        return []
+    if saved["rows"] != current["rows"]:
+        return [f"the training data had {saved['rows']} rows, has {current['rows']}"]
+    return [f"the {saved['rows']} rows of training data have other content or another order"]
 
 
 # ---- run folders ---------------------------------------------------------------------------------
 
-OUR_FILES = ("run.json", "metrics.jsonl", "checkpoint-*")  # what tells a run of ours
+MARKS = ("run.json", "metrics.jsonl", "checkpoint-*")  # what tells a run of ours
+# All that a run writes, and so all that overwriting it removes.
+WRITTEN = (*MARKS, "evaluation.json", "summary.json", "report.html", "model", "runs", "*.tmp")
+
+
+def _written(folder: Path, more: tuple[str, ...] = ()) -> list[Path]:
+    return sorted({child for pattern in (*WRITTEN, *more) for child in folder.glob(pattern)})
 
 
 def check_output_dir(path: str | Path, *, resume: bool, overwrite: bool) -> None:
@@ -67,7 +117,7 @@ def check_output_dir(path: str | Path, *, resume: bool, overwrite: bool) -> None
                 f"output_dir {folder} is not empty: pass --resume to go on with the run in it or "
                 "--overwrite to replace it"
             )
-        if not any(True for pattern in OUR_FILES for _ in folder.glob(pattern)):
+        if not any(True for pattern in MARKS for _ in folder.glob(pattern)):
             raise ValueError(f"output_dir {folder} holds no run: not overwritten")
         here = Path.cwd()
         if (folder / ".git").exists() or folder.resolve() in (here, *here.parents):
@@ -86,9 +136,20 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"output_dir {folder} can't be written: {error}") from error
 
 
-def clear_run(path: str | Path) -> None:
-    """Remove what an earlier run left in `path`."""
-    for child in Path(path).glob("*"):
+def check_inputs_stay(path: str | Path, inputs: dict[str, str | None]) -> None:
+    """Raise if overwriting the run in `path` would remove one of the files it is made from."""
+    removed = [child.resolve() for child in _written(Path(path))]
+    for name, value in inputs.items():
+        place = Path(value).expanduser().resolve() if value else None
+        if place is not None and any(r == place or r in place.parents for r in removed):
+            raise ValueError(
+                f"{name} {value!r} lies in output_dir {path}: --overwrite would remove it"
+            )
+
+
+def clear_run(path: str | Path, *more: str) -> None:
+    """Remove what an earlier run wrote to `path`, and `more` of that name; all else stays."""
+    for child in _written(Path(path), more):
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:

@@ -37,7 +37,7 @@ class EvaluateArguments:
         "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id."
     )
     dataset_config: str | None = _option("Configuration of a Hub dataset.", None)
-    split: str = _option("Split to evaluate on.", "test")
+    split: str | None = _option("By default test; of a single file, all of it.", None)
     teacher_model_name_or_path: str | None = _option("Measure the KL from this teacher too.", None)
     tokenizer_name_or_path: str | None = _option("By default the model's.", None)
     batch_size: int = _option("Rows at a time.", 16)
@@ -77,14 +77,17 @@ def train(words: list[str], console: Console) -> None:
 
 def _split_config(words: list[str]) -> tuple[str | None, list[str]]:
     """The recipe that `--config` names, and the other words."""
-    for i, word in enumerate(words):
-        if word.startswith("--config="):
-            return word.partition("=")[2], words[:i] + words[i + 1 :]
-        if word == "--config":
-            if i + 1 == len(words):
-                raise ValueError("--config must be followed by a YAML file")
-            return words[i + 1], words[:i] + words[i + 2 :]
-    return None, words
+    places = [i for i, word in enumerate(words) if word.partition("=")[0] == "--config"]
+    if not places:
+        return None, words
+    if len(places) > 1:
+        raise ValueError("--config must be given once, got it twice")
+    (i,) = places
+    if "=" in words[i]:
+        return words[i].partition("=")[2], words[:i] + words[i + 1 :]
+    if i + 1 == len(words):
+        raise ValueError("--config must be followed by a YAML file")
+    return words[i + 1], words[:i] + words[i + 2 :]
 
 
 def evaluate(words: list[str], console: Console) -> None:
@@ -272,8 +275,8 @@ def main(words: list[str] | None = None) -> int:
     """Entry point of the `dudi` command; returns the exit status."""
     try:
         run(sys.argv[1:] if words is None else words, Console())
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted.", style="dim")
+    except KeyboardInterrupt as stop:
+        Console(stderr=True).print(Text(str(stop) or "Interrupted."), soft_wrap=True)
         return 130
     except Exception as error:
         if os.environ.get("DUDI_DEBUG") == "1" or not _told_in_a_line(error):

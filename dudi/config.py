@@ -174,6 +174,8 @@ class DuDiConfig(TrainingArguments):
         self._check_signals()
         self._check_unsupported()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: its gradients need scaling; on a CPU use bf16")
 
     # ---- what follows from the fields ----------------------------------------------------------
 
@@ -185,6 +187,19 @@ class DuDiConfig(TrainingArguments):
     def needs_teacher(self) -> bool:
         scored = self.preference_weight > 0 and self.reference == "teacher"
         return self.off_policy_weight > 0 or self.on_policy_weight > 0 or scored
+
+    @property
+    def needs_given(self) -> bool:
+        """Whether any signal reads the given responses y+."""
+        return self.off_policy_weight > 0 or self.ce_weight > 0 or self.preference_weight > 0
+
+    @property
+    def taught_sides(self) -> tuple[int, ...]:
+        """Which of y+ (0) and y- (1) the teacher has to score; the other costs it nothing."""
+        if self.preference_weight > 0 and self.reference == "teacher":
+            return (0, 1)
+        weights = (self.off_policy_weight, self.on_policy_weight)
+        return tuple(side for side in (0, 1) if weights[side] > 0)
 
     @property
     def kd_divergences(self) -> tuple[str, str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import gzip
+import hashlib
 import json
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
+from dudi.models import looks_like_a_path
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
 
 READERS = {
@@ -75,14 +77,15 @@ def load_data(
         return _load_file(path, split)
     if path.is_dir():
         return _load_folder(path, name, split)
-    if _looks_like_a_path(str(name_or_path)):
+    if looks_like_a_path(str(name_or_path)) or _suffix(path) in READERS:
         raise FileNotFoundError(f"dataset file or folder {str(name_or_path)!r} does not exist")
     return _load_hub(str(name_or_path), name, split)
 
 
-def _looks_like_a_path(text: str) -> bool:
-    named = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
-    return named or _suffix(Path(text)) in READERS
+def holds_one_split(name_or_path: str | Path) -> bool:
+    """Whether this is one file or one saved dataset, which is all "train" to `load_data`."""
+    path = Path(name_or_path).expanduser()
+    return path.is_file() or (path / "state.json").is_file()
 
 
 def _suffix(path: Path) -> str:
@@ -503,6 +506,18 @@ def prepare_dataset(
             f"max_completion_length={max_completion_length} and overlong='drop'"
         )
     return prepared.remove_columns(list(FLAGS)), counts
+
+
+def content_hash(dataset: Dataset) -> str:
+    """A hash of a prepared dataset's ids: the same for the same rows in the same order."""
+    digest = hashlib.blake2b(digest_size=16)
+    columns = [name for name, feature in COLUMNS.items() if isinstance(feature, List)]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            lists = table[name].combine_chunks()
+            for array in (lists.value_lengths(), lists.flatten()):
+                digest.update(array.to_numpy(zero_copy_only=False).astype("int32").tobytes())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from dudi.data import prepare_dataset
 from dudi.demo_data import data_path, translation_rows
 from dudi.evaluate import FIGURES, Evaluation, evaluate_model, evaluation_table
 from dudi.report import write_report
-from dudi.run import environment, run_training
+from dudi.run import Interrupted, environment, run_training
 from dudi.verbalize import ContextVerbalizer
 
 RUNS = ("warm", "sft", "dudi")
@@ -59,7 +59,10 @@ def train_one(
         **extra,
     }
     script, config = from_options(settings)
-    run_training(script, config, console=console, command="dudi demo", train=train, label=name)
+    try:
+        run_training(script, config, console=console, command="dudi demo", train=train, label=name)
+    except Interrupted:
+        raise Interrupted("The demo was stopped; --overwrite starts it anew.") from None
     return json.loads((folder / name / "run.json").read_text(encoding="utf-8"))
 
 
@@ -156,7 +159,7 @@ def run_demo(
         "languages": sorted(set(train["language"])),
         "config": {name: recipe("student", name) for name in RUNS} | {"seed": seed},
     }
-    clear_run(folder)
+    clear_run(folder, *RUNS)
     write_text(folder / "run.json", json.dumps(info, indent=1))
 
     runs = {"teacher": teacher_info()}
@@ -225,7 +228,7 @@ def train_teacher(
     console = console or Console()
     folder = Path(output_dir)
     check_output_dir(folder, resume=False, overwrite=overwrite)
-    clear_run(folder)
+    clear_run(folder, "teacher")
     train_file = folder.with_name(folder.name + "-data") / "train.jsonl"
     write_jsonl(train_file, teacher_rows("train"))
     validation_file = train_file.with_name("validation.jsonl")

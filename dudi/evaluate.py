@@ -24,7 +24,8 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from dudi.callbacks import write_text
-from dudi.data import COLUMNS, load_data, prepare_dataset
+from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
+from dudi.models import load_model, load_tokenizer
 from dudi.rollout import generate, inference_mode_of
 from dudi.signals import lm_head, pack, response_hidden
 from dudi_kernels import linear_distill_loss, linear_log_prob
@@ -312,7 +313,7 @@ def run_evaluation(
     *,
     teacher_model_name_or_path: str | None = None,
     dataset_config: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     tokenizer_name_or_path: str | None = None,
     batch_size: int = 16,
     max_prompt_length: int | None = 512,
@@ -325,28 +326,34 @@ def run_evaluation(
 
     `output` is a JSON file, written whole or not at all, that `dudi report` can read.
     """
-    from transformers import AutoTokenizer
-
     console = console or Console()
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output must be a file, got the folder {str(output)!r}")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path or model_name_or_path)
+    tokenizer = (
+        load_tokenizer(tokenizer_name_or_path, "tokenizer_name_or_path")
+        if tokenizer_name_or_path
+        else load_tokenizer(model_name_or_path, "model_name_or_path")
+    )
+    split = split or ("train" if holds_one_split(dataset_name) else "test")
     dataset, _ = prepare_dataset(
         load_data(dataset_name, name=dataset_config, split=split),
         tokenizer,
         verbalizer=None,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
-        split_name=split,
+        split_name="evaluation",
     )
-    model = _load(model_name_or_path)
+    model = _load(model_name_or_path, "model_name_or_path")
+    teacher = None
+    if teacher_model_name_or_path:
+        teacher = _load(teacher_model_name_or_path, "teacher_model_name_or_path")
     with ProgressBar(console=console, transient=True) as bar:
         task = bar.add_task("evaluate", total=None)
         result = evaluate_model(
             model,
             tokenizer,
             dataset,
-            teacher=_load(teacher_model_name_or_path) if teacher_model_name_or_path else None,
+            teacher=teacher,
             batch_size=batch_size,
             generate_rows=generate_rows,
             max_completion_length=max_completion_length,
@@ -358,12 +365,8 @@ def run_evaluation(
     return result
 
 
-def _load(name: str) -> Any:
+def _load(name: str, argument: str) -> Any:
     """A causal LM where it runs best: as saved on a GPU, in fp32 on a CPU."""
-    from transformers import AutoModelForCausalLM
-
     cuda = torch.cuda.is_available()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, trust_remote_code=False, dtype="auto" if cuda else torch.float32
-    )
+    model = load_model(name, {"dtype": "auto" if cuda else torch.float32}, argument)
     return model.to("cuda" if cuda else "cpu")

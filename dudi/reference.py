@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -51,12 +52,22 @@ class Reference:
         tensors: dict[str, Tensor] = {n: w.contiguous().cpu() for n, w in self.weights.items()}
         save_file(tensors, Path(folder) / REFERENCE_FILE)
 
-    def load(self, folder: str | Path) -> None:
+    def mismatches(self, folder: str | Path) -> list[str]:
+        """What the snapshot in `folder` has otherwise than this model, without reading weights."""
         path = Path(folder) / REFERENCE_FILE
         if not path.exists():
-            raise ValueError(f"resume needs the reference policy {path}, which is not there")
-        saved = load_file(path)
-        if saved.keys() != self.weights.keys():
-            raise ValueError(f"{path} holds other parameters than the model trains")
-        for name, weight in saved.items():
+            return [f"the reference policy {REFERENCE_FILE} is not there"]
+        with safe_open(path, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        own = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        return [
+            f"reference {name}: checkpoint {saved.get(name, 'without')}, "
+            f"model {own.get(name, 'without')}"
+            for name in sorted(saved.keys() | own.keys())
+            if saved.get(name) != own.get(name)
+        ][:3]
+
+    def load(self, folder: str | Path) -> None:
+        """Take the snapshot in `folder`; it has no `mismatches`."""
+        for name, weight in load_file(Path(folder) / REFERENCE_FILE).items():
             self.weights[name].copy_(weight)

@@ -13,11 +13,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 class Rollout(NamedTuple):
     completions: list[Tensor]  # B of (R_i,), on the CPU, eos included where it was reached
     finish_reasons: list[str]  # "eos" or "length"
+    finite: bool = True  # False where a token was drawn from logits with NaN or infinity
+
+
+class _Finite(LogitsProcessor):
+    """Notes logits that can't be drawn from, and makes them drawable, so that nothing asserts on
+    the device; the one question, whether there were any, is asked at the end."""
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~torch.isfinite(scores.amax(-1, keepdim=True))  # the maximum carries NaN
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores.masked_fill(bad, 0.0)
+
+    @property
+    def finite(self) -> bool:
+        return self.bad is None or not bool(self.bad.any())
 
 
 def left_pad(prompts: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -76,8 +95,6 @@ def generate(
     seed: int | None = None,
 ) -> Rollout:
     """Draw one completion for each prompt from `model` (a transformers causal LM or PEFT model)."""
-    from transformers import GenerationConfig
-
     device = next(model.parameters()).device
     ids, mask = left_pad(prompts, pad_token_id)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -90,11 +107,15 @@ def generate(
         use_cache=True,
         **sampling,
     )
+    check = _Finite()
     with inference_mode_of(model), seeded(seed, device):
         output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([check]),
         )
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     rows = output[:, ids.shape[1] :].cpu()
     completions, reasons = zip(*(cut_at_eos(row, eos) for row in rows), strict=True)
-    return Rollout(list(completions), list(reasons))
+    return Rollout(list(completions), list(reasons), check.finite)

@@ -22,16 +22,22 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dudi.callbacks import ConsoleProgress, write_text
-from dudi.checkpoints import check_output_dir, clear_run
+from dudi.checkpoints import (
+    check_inputs_stay,
+    check_output_dir,
+    clear_run,
+    last_checkpoint,
+)
 from dudi.config import DuDiConfig, ScriptArguments, to_public_dict
 from dudi.data import load_data
 from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
+from dudi.models import load_model, load_tokenizer, refuse_adapter
 from dudi.report import write_report
-from dudi.trainer import DuDiTrainer, load_model
+from dudi.trainer import DuDiTrainer
 
 
 def environment() -> dict[str, Any]:
@@ -60,18 +66,24 @@ def _cpu_name() -> str:
     return f"{next(names, platform.processor())} x {os.cpu_count()}"
 
 
+class Interrupted(KeyboardInterrupt):
+    """A Ctrl-C; the message says what there is and how to go on."""
+
+
 def build_tokenizer(script: ScriptArguments) -> Any:
-    name = script.tokenizer_name_or_path or script.model_name_or_path
-    if name is None:
+    if script.tokenizer_name_or_path is not None:
+        return load_tokenizer(script.tokenizer_name_or_path, "tokenizer_name_or_path")
+    if script.model_name_or_path is None:
         raise ValueError("tokenizer_name_or_path must be given with model_config")
-    return AutoTokenizer.from_pretrained(name)
+    return load_tokenizer(script.model_name_or_path, "model_name_or_path")
 
 
 def build_model(script: ScriptArguments, config: DuDiConfig, tokenizer: Any) -> Any:
     """The student: from a checkpoint, or new from `model_config` with weights drawn by the seed."""
     if script.model_name_or_path is not None:
         kwargs = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
-        return load_model(script.model_name_or_path, kwargs)
+        refuse_adapter(script.model_name_or_path)
+        return load_model(script.model_name_or_path, kwargs, "model_name_or_path")
     settings = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -207,6 +219,43 @@ def _say_counts(trainer: DuDiTrainer, console: Console) -> None:
         console.print(f"[bold]data[/] {split}: {told}")
 
 
+def _check_inputs_stay(script: ScriptArguments, config: DuDiConfig) -> None:
+    inputs = {
+        "model_name_or_path": script.model_name_or_path,
+        "tokenizer_name_or_path": script.tokenizer_name_or_path,
+        "teacher_model_name_or_path": config.teacher_model_name_or_path,
+        "dataset_name": script.dataset_name,
+        "dataset_test_name": script.dataset_test_name,
+    }
+    check_inputs_stay(str(config.output_dir), inputs)
+
+
+def _begin_folder(trainer: DuDiTrainer, info: dict[str, Any]) -> None:
+    """Clear what an earlier run left; every rank has looked at the folder before."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        clear_run(str(trainer.args.output_dir))
+    _write_info(trainer, info)
+
+
+def _how_to_go_on(trainer: DuDiTrainer) -> str:
+    """What a Ctrl-C leaves; a run that took no step leaves nothing."""
+    folder, step = Path(str(trainer.args.output_dir)), trainer.state.global_step
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        return (
+            f"Stopped at step {step}; {checkpoint.name} is saved in {folder}. "
+            "To go on, run the same command with --resume."
+        )
+    if (folder / "model").is_dir():
+        return f"Stopped after training; the model is saved in {folder / 'model'}."
+    if step == 0:
+        if trainer.is_world_process_zero():
+            clear_run(folder)
+        return f"Stopped before the first step; nothing of the run is left in {folder}."
+    return f"Stopped at step {step} without a checkpoint; --overwrite starts anew."
+
+
 def run_training(
     script: ScriptArguments,
     config: DuDiConfig,
@@ -219,13 +268,14 @@ def run_training(
 ) -> Path:
     """Run one recipe and return its folder.
 
-    `train` and `test` stand in for the datasets that `script` names. A Ctrl-C ends the run with a
-    checkpoint and raises KeyboardInterrupt; running again with `resume` goes on from there.
+    `train` and `test` stand in for the datasets that `script` names. A Ctrl-C finishes the step,
+    saves a checkpoint and raises `Interrupted`; running again with `resume` goes on from there.
     """
     console = console or Console()
     quiet_libraries()
-    folder = Path(str(config.output_dir))
-    check_output_dir(folder, resume=script.resume, overwrite=script.overwrite)
+    check_output_dir(str(config.output_dir), resume=script.resume, overwrite=script.overwrite)
+    if script.overwrite:
+        _check_inputs_stay(script, config)
     trainer = build_trainer(script, config, train, test)
     console_style(trainer, console, label)
     info = describe(trainer, script, command)
@@ -233,8 +283,17 @@ def run_training(
     if script.resume:
         trainer.check_resumable()
     else:
-        clear_run(folder)
-        _write_info(trainer, info)
+        _begin_folder(trainer, info)
+    try:
+        return _train_and_evaluate(trainer, script, info, console)
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_go_on(trainer)) from None
+
+
+def _train_and_evaluate(
+    trainer: DuDiTrainer, script: ScriptArguments, info: dict[str, Any], console: Console
+) -> Path:
+    folder = Path(str(trainer.args.output_dir))
     evaluating = script.evaluate and trainer.eval_dataset is not None
     if evaluating and not script.resume:
         evaluate_and_write(trainer, "before", script, console)
@@ -247,10 +306,6 @@ def run_training(
     }
     _write_info(trainer, info)
     if trainer.interrupted:
-        console.print(
-            f"Stopped at step {trainer.state.global_step}; its checkpoint is saved. "
-            "To go on, run the same command with [bold]--resume[/]."
-        )
         raise KeyboardInterrupt
     trainer.save_model(str(folder / "model"))
     if evaluating:

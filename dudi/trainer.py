@@ -12,14 +12,13 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -28,10 +27,25 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from dudi.callbacks import Continuity, MetricsFile, write_text
-from dudi.checkpoints import CONFIG_FILE, is_whole, last_checkpoint, shape_mismatches
-from dudi.config import DuDiConfig, resume_mismatches, to_public_dict
-from dudi.data import DuDiCollator, prepare_dataset
+from dudi.checkpoints import (
+    CONFIG_FILE,
+    is_whole,
+    last_checkpoint,
+    model_mismatches,
+    run_mismatches,
+)
+from dudi.config import DuDiConfig, to_public_dict
+from dudi.data import DuDiCollator, content_hash, prepare_dataset
+from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
 from dudi.meter import Meter
+from dudi.models import (
+    adapter_settings,
+    check_models,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    refuse_adapter,
+)
 from dudi.reference import Reference
 from dudi.rollout import Rollout, generate
 from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
@@ -39,10 +53,6 @@ from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
 from dudi_kernels import LMHead, linear_dudi_loss, sequence_log_prob
 
 WINDOW_FILE = "log_window.json"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; the message names the step and the dataset rows."""
 
 
 @dataclass
@@ -56,31 +66,6 @@ class MicroBatch:
     prompts: list[Tensor]
     counts: Tensor  # (3,) rows of y+, rows of y-, pairs in this micro-batch
     totals: Tensor  # (3,) the same over the global batch
-
-
-def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None) -> Any:
-    """A causal LM from a name or path; a loaded model is returned as it is."""
-    if not isinstance(model, str):
-        return model
-    return AutoModelForCausalLM.from_pretrained(
-        model, **{"trust_remote_code": False, **(init_kwargs or {})}
-    )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
-def check_vocabularies(student: LMHead, teacher: LMHead) -> None:
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            "teacher and student must share a vocabulary: the student's head has "
-            f"{student.vocab_size} rows, the teacher's {teacher.vocab_size}. Pick models of one "
-            "family; if the tokenizer is the same and only the padding of the head differs, "
-            "`model.resize_token_embeddings` makes them equal."
-        )
 
 
 class DuDiTrainer(Trainer):
@@ -123,13 +108,16 @@ class DuDiTrainer(Trainer):
         tokenizer = processing_class or self._own_tokenizer(model)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
-        student = load_model(model, {"dtype": torch.float32, **(args.model_init_kwargs or {})})
+        refuse_adapter(model)
+        student = load_model(
+            model, {"dtype": torch.float32, **(args.model_init_kwargs or {})}, "model"
+        )
         if peft_config is not None:
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
         teacher = self._load_teacher(teacher_model, args)
-        self._check_models(student, teacher)
+        check_models(student, teacher)
         if args.disable_dropout:
             disable_dropout(student)
 
@@ -157,6 +145,7 @@ class DuDiTrainer(Trainer):
         needs_copy = args.preference_weight > 0 and args.reference in ("initial", "lagged")
         self.reference = Reference(self.model) if needs_copy else None
         self.meter = Meter()
+        self._step_rows: list[int] = []  # the dataset rows of this step
         self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
 
     # ---- construction --------------------------------------------------------------------------
@@ -166,7 +155,7 @@ class DuDiTrainer(Trainer):
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if not name:
             raise ValueError("processing_class must be given: the model does not name a tokenizer")
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name, "the tokenizer of model")
 
     @staticmethod
     def _load_teacher(teacher_model: Any, args: DuDiConfig) -> Any:
@@ -180,14 +169,8 @@ class DuDiTrainer(Trainer):
                 f"reference={args.reference!r} need a teacher; set both weights to 0 and "
                 "ce_weight to 1 to train without one"
             )
-        return load_model(source, args.teacher_model_init_kwargs)
-
-    @staticmethod
-    def _check_models(student: Any, teacher: Any) -> None:
-        LMHead.check(student)
-        if teacher is not None:
-            LMHead.check(teacher)
-            check_vocabularies(lm_head(student), lm_head(teacher))
+        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
+        return load_model(source, args.teacher_model_init_kwargs, argument)
 
     @staticmethod
     def _make_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
@@ -228,6 +211,7 @@ class DuDiTrainer(Trainer):
         micro = [self._micro_batch(batch, i) for i, batch in enumerate(batches)]
         if not micro:
             return [], None
+        self._step_rows = [row for m in micro for row in m.rows]
         totals = torch.stack([m.counts for m in micro]).sum(0)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals.to(device), "sum").cpu()
@@ -238,9 +222,9 @@ class DuDiTrainer(Trainer):
 
     def _micro_batch(self, batch: dict[str, Tensor], index: int) -> MicroBatch:
         batch = {name: tensor.cpu() for name, tensor in batch.items()}
-        prompts = _unpad(batch, "prompt")
-        rollout = self._sample(prompts, index) if self.args.needs_samples else None
-        responses = {0: _unpad(batch, "completion")} if self._needs_given else {}
+        prompts, rows = _unpad(batch, "prompt"), batch["row"].tolist()
+        rollout = self._sample(prompts, index, rows) if self.args.needs_samples else None
+        responses = {0: _unpad(batch, "completion")} if self.args.needs_given else {}
         if rollout is not None:
             responses[1] = rollout.completions
         order = [(i, side) for i in range(len(prompts)) for side in responses]
@@ -250,7 +234,7 @@ class DuDiTrainer(Trainer):
         teacher = None
         if self.teacher is not None:
             seen = _unpad(batch, "teacher_prompt")
-            scored = [(i, side) for i, side in order if side in self._taught_sides]
+            scored = [(i, side) for i, side in order if side in self.args.taught_sides]
             teacher = pack(
                 [seen[i] for i, _ in scored],
                 [responses[side][i] for i, side in scored],
@@ -262,29 +246,14 @@ class DuDiTrainer(Trainer):
         return MicroBatch(
             student=pack([prompts[i] for i, _ in order], texts, pad, segments=segments),
             teacher=teacher,
-            rows=batch["row"].tolist(),
+            rows=rows,
             rollout=rollout,
             prompts=prompts,
             counts=counts,
             totals=counts,
         )
 
-    @property
-    def _needs_given(self) -> bool:
-        """Whether any signal reads the given responses y+."""
-        a = self.args
-        return a.off_policy_weight > 0 or a.ce_weight > 0 or a.preference_weight > 0
-
-    @property
-    def _taught_sides(self) -> tuple[int, ...]:
-        """Which of y+ (0) and y- (1) the teacher has to score; the other costs it nothing."""
-        a = self.args
-        if a.preference_weight > 0 and a.reference == "teacher":
-            return (0, 1)
-        weights = (a.off_policy_weight, a.on_policy_weight)
-        return tuple(side for side in (0, 1) if weights[side] > 0)
-
-    def _sample(self, prompts: list[Tensor], index: int) -> Rollout:
+    def _sample(self, prompts: list[Tensor], index: int, rows: list[int]) -> Rollout:
         """Draw y-; the seed depends on run, step, micro-batch and rank only."""
         position = self.state.global_step * self.args.gradient_accumulation_steps + index
         seed = (self.args.seed, position, self.accelerator.process_index)
@@ -300,6 +269,9 @@ class DuDiTrainer(Trainer):
             top_p=self.args.top_p,
             top_k=self.args.top_k,
             seed=hash(seed) % 2**63,
+        )
+        self._require_finite(
+            rollout.finite, "the student's logits are not finite in sampling", rows
         )
         lengths = [len(c) for c in rollout.completions]
         clipped = rollout.finish_reasons.count("length")
@@ -334,7 +306,8 @@ class DuDiTrainer(Trainer):
 
             with redirected_forward(module, forward):
                 output = model()
-        self._stop_if_not_finite(output.loss, batch)
+        finite = bool(torch.isfinite(output.loss))
+        self._require_finite(finite, f"the loss is {output.loss.item()}", batch.rows)
         self._record(output, student, batch)
         loss = output.loss * self.accelerator.num_processes  # DDP and FSDP average over ranks
         return (loss, output) if return_outputs else loss
@@ -348,7 +321,7 @@ class DuDiTrainer(Trainer):
         hidden = response_hidden(teacher, packed)
         rows = batch.student.segment_ids.to(device)
         if len(hidden) < len(rows):  # nothing reads the teacher's rows of the other side
-            sides = torch.tensor(self._taught_sides, device=device)
+            sides = torch.tensor(self.args.taught_sides, device=device)
             whole = hidden.new_zeros(len(rows), hidden.shape[1])
             whole[torch.isin(rows % 2, sides)] = hidden
             hidden = whole
@@ -409,15 +382,26 @@ class DuDiTrainer(Trainer):
             memory_budget=a.memory_budget,
         )
 
-    def _stop_if_not_finite(self, loss: Tensor, batch: MicroBatch) -> None:
-        if torch.isfinite(loss):
+    def _require_finite(self, finite: bool, what: str, rows: list[int]) -> None:
+        """Stop every rank before the step is taken unless all is well on each of them."""
+        if not self.any_rank(not finite):
             return
-        good = last_checkpoint(self._run_dir)
+        told = f"{what}, dataset rows {rows}" if not finite else "another rank is at fault"
         raise NonFiniteLossError(
-            f"loss is {loss.item()} at step {self.state.global_step + 1}, dataset rows "
-            f"{batch.rows}; no step was taken. "
-            + (f"The last good checkpoint is {good}." if good else "There is no checkpoint yet.")
+            f"step {self.state.global_step + 1}: {told}; the step was not taken. {self._last_good}"
         )
+
+    @property
+    def _last_good(self) -> str:
+        good = last_checkpoint(self._run_dir)
+        return f"The last good checkpoint is {good}." if good else "There is no checkpoint yet."
+
+    def check_gradients(self) -> None:
+        """A finite loss can have gradients that are not. Under fp16 the gradient scaler sees to
+        them: it skips the step and lowers its scale."""
+        if getattr(self.accelerator, "scaler", None) is None:
+            finite = gradients_are_finite(self.model)
+            self._require_finite(finite, "a gradient is not finite", self._step_rows)
 
     # ---- metrics -------------------------------------------------------------------------------
 
@@ -437,7 +421,7 @@ class DuDiTrainer(Trainer):
         self._count_tokens(packed)
         chosen, rejected = output.log_probs[0::2], output.log_probs[1::2]
         pairs = len(batch.rows)
-        if self._needs_given:
+        if self.args.needs_given:
             add("logps/chosen", chosen.sum(), pairs)
         if batch.rollout is not None:
             add("logps/rejected", rejected.sum(), pairs)
@@ -554,7 +538,8 @@ class DuDiTrainer(Trainer):
 
     @property
     def interrupted(self) -> bool:
-        return self._continuity.requested
+        """Whether a Ctrl-C ended the run before its last step (a checkpoint was saved)."""
+        return self._continuity.stopped
 
     def any_rank(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -576,16 +561,22 @@ class DuDiTrainer(Trainer):
             )
         return found
 
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run must agree with: settings, adapter, data."""
+        train: Any = self.train_dataset
+        return {
+            "config": to_public_dict(self.args),
+            "adapter": adapter_settings(self.model),
+            "data": {"rows": len(train), "content": content_hash(train)},
+        }
+
     def _check_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint of another model or another recipe, before anything is loaded."""
-        path = checkpoint / CONFIG_FILE
-        if not path.exists():
-            raise ValueError(
-                f"{checkpoint} was not written by DuDiTrainer: it has no {CONFIG_FILE}"
-            )
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        wrong = shape_mismatches(causal_lm(self.model).config, checkpoint)
-        wrong += resume_mismatches(saved, to_public_dict(self.args))
+        """Refuse a checkpoint of another model, recipe or data, before anything is loaded."""
+        wrong = model_mismatches(causal_lm(self.model).config, checkpoint)
+        wrong += run_mismatches(self._identity, checkpoint)
+        if self.reference is not None and not wrong:
+            wrong += self.reference.mismatches(checkpoint)
         if wrong:
             raise ValueError(f"{checkpoint} does not match this run: " + "; ".join(wrong))
 
@@ -608,13 +599,22 @@ class DuDiTrainer(Trainer):
         }
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but weights that are not finite are never written."""
+        if self.any_rank(not weights_are_finite(self.model)):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {self.state.global_step}, dataset rows "
+                f"{self._step_rows}; they were not saved. {self._last_good}"
+            )
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft: no hub to compare the base with
             super()._save(output_dir, state_dict)
         folder = Path(output_dir) if output_dir is not None else self._run_dir
         if self.args.should_save and folder.name.startswith("checkpoint-"):
-            write_text(folder / CONFIG_FILE, json.dumps(to_public_dict(self.args), indent=1))
+            write_text(folder / CONFIG_FILE, json.dumps(self._identity, indent=1))
             write_text(folder / WINDOW_FILE, json.dumps(self._window_to_save))
             if self.reference is not None:
                 self.reference.save(folder)

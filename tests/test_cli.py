@@ -11,7 +11,7 @@ import pytest
 
 from dudi import __version__, cli
 from dudi.config import DuDiConfig, ScriptArguments, field_types, parse
-from dudi.trainer import NonFiniteLossError
+from dudi.finite import NonFiniteLossError
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 FIXED = {"remove_unused_columns", "logging_nan_inf_filter"}  # options with one legal value
@@ -73,7 +73,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (kwargs["model_name_or_path"], kwargs["generate_rows"], kwargs["split"]) == (
         "m",
         8,
-        "test",
+        None,
     )
 
 

@@ -12,10 +12,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dudi.callbacks import read_jsonl
-from dudi.trainer import DuDiTrainer, NonFiniteLossError
+from dudi.config import DuDiConfig
+from dudi.finite import NonFiniteLossError
+from dudi.reference import Reference
+from dudi.trainer import DuDiTrainer
 
 
 def make(folder: Any, callbacks: Any = None, **settings: Any) -> DuDiTrainer:
@@ -166,6 +170,17 @@ def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None:
+    class Press(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make(tmp_path, callbacks=[Press()])
+    trainer.train()
+    assert not trainer.interrupted and trainer.state.global_step == 4
+
+
 def test_teacher_scores_only_the_side_that_needs_it(tmp_path: Path) -> None:
     """off_policy_weight=0 with cross-entropy: the teacher reads y- alone, to the same loss."""
     losses_seen = []
@@ -173,9 +188,9 @@ def test_teacher_scores_only_the_side_that_needs_it(tmp_path: Path) -> None:
         folder = tmp_path / str(sides)
         trainer = make(folder, off_policy_weight=0.0, preference_weight=0.0, ce_weight=1.0)
         if sides is None:
-            assert trainer._taught_sides == (1,)
+            assert trainer.args.taught_sides == (1,)
         else:
-            trainer.__class__ = type("Both", (DuDiTrainer,), {"_taught_sides": sides})
+            trainer.args.__class__ = type("Both", (DuDiConfig,), {"taught_sides": sides})
         trainer.train()
         losses_seen.append([r["loss"] for r in losses(folder)])
     assert losses_seen[0] == pytest.approx(losses_seen[1], rel=1e-6)
@@ -201,7 +216,7 @@ def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
-def _no_strings(model: Any, kwargs: Any) -> Any:
+def _no_strings(model: Any, kwargs: Any, argument: str) -> Any:
     assert not isinstance(model, str), "loaded a model that nothing needs"
     return model
 
@@ -231,37 +246,167 @@ def test_checkpoint_loads_with_from_pretrained(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_peft_trains_the_adapter_only(tmp_path: Path) -> None:
+def lora(rank: int = 2, alpha: int = 4) -> Any:
     from peft import LoraConfig
 
-    trainer = DuDiTrainer(
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+
+
+def make_adapted(folder: Any, peft_config: Any, **settings: Any) -> DuDiTrainer:
+    return DuDiTrainer(
         tiny.model(0),
         tiny.model(1),
-        args=tiny.config(tmp_path, max_steps=2, save_strategy="steps", save_steps=2),
+        args=tiny.config(folder, **settings),
         train_dataset=tiny.rows(),
         processing_class=tiny.tokenizer(),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        peft_config=peft_config,
     )
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+
+
+def test_peft_trains_the_adapter_only(tmp_path: Path) -> None:
+    trainer = make_adapted(tmp_path, lora(), **SAVING)
     trainer.train()
     assert trainer.reference is not None
     assert all("lora_" in name for name in trainer.reference.weights)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
     assert losses(tmp_path)[1]["rewards/margins"] != 0
+    make_adapted(tmp_path, lora(), **SAVING).check_resumable()
 
 
-def test_non_finite_loss_stops_and_names_step_and_rows(tmp_path: Path) -> None:
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                kwargs["model"].model.norm.weight.data.fill_(float("nan"))
+@pytest.mark.parametrize(
+    ("peft_config", "message"),
+    [
+        (lora(alpha=640), "adapter lora_alpha was 4, is 640"),
+        (lora(rank=3), "adapter r was 2, is 3"),
+        (None, "it has a LORA, this run no adapter"),
+    ],
+)
+def test_refuses_checkpoint_of_another_adapter(
+    tmp_path: Path, peft_config: Any, message: str
+) -> None:
+    make_adapted(tmp_path, lora(), **SAVING).train()
+    with pytest.raises(ValueError, match=message):
+        make_adapted(tmp_path, peft_config, **SAVING).train(resume_from_checkpoint=True)
 
-    trainer = make(
-        tmp_path, callbacks=[Poison()], save_strategy="steps", save_steps=1, reference="teacher"
+
+def test_refuses_checkpoint_of_the_whole_model_for_an_adapter(tmp_path: Path) -> None:
+    make(tmp_path, **SAVING).train()
+    with pytest.raises(ValueError, match="it has no adapter, this run a LORA"):
+        make_adapted(tmp_path, lora(), **SAVING).check_resumable()
+
+
+def test_refuses_checkpoint_of_other_data(tmp_path: Path) -> None:
+    make(tmp_path, **SAVING).train()
+    rows = tiny.rows()
+    changed = [dict(row) for row in rows]
+    changed[7]["completion"] = [{"role": "assistant", "content": "!"}]
+    for data, message in ((rows.select(range(20)), "24 rows, has 20"), (changed, "other content")):
+        trainer = DuDiTrainer(
+            tiny.model(0),
+            tiny.model(1),
+            args=tiny.config(tmp_path, **SAVING),
+            train_dataset=Dataset.from_list(list(data)),
+            processing_class=tiny.tokenizer(),
+        )
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_refuses_checkpoint_of_another_model(tmp_path: Path) -> None:
+    make(tmp_path, **SAVING).train()
+    other = tiny.model(0)
+    other.config.rope_parameters["rope_theta"] = 5e5
+    trainer = DuDiTrainer(
+        other,
+        tiny.model(1),
+        args=tiny.config(tmp_path, **SAVING),
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(),
     )
-    with pytest.raises(NonFiniteLossError, match=r"step 3, dataset rows \[.*checkpoint-2"):
+    with pytest.raises(ValueError, match="rope_parameters"):
+        trainer.check_resumable()
+
+
+def test_refuses_checkpoint_with_another_reference(tmp_path: Path) -> None:
+    make(tmp_path, **SAVING).train()
+    trainer = make(tmp_path, **SAVING)
+    trainer.model.model.embed_tokens.weight.requires_grad_(False)
+    trainer.reference = Reference(trainer.model)
+    with pytest.raises(ValueError, match=r"reference model.embed_tokens.weight.*without"):
+        trainer.check_resumable()
+
+
+# ---- what is not finite --------------------------------------------------------------------------
+
+
+class Poison(TrainerCallback):
+    """Spoils the model when step 3 has drawn its samples."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].model.norm.weight.data.fill_(float("nan"))
+
+
+class PoisonAfterSaving(TrainerCallback):
+    """Spoils the model after step 2 is saved, and so before step 3 draws its samples."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].model.norm.weight.data.fill_(float("nan"))
+
+
+class PoisonGradient(TrainerCallback):
+    """A NaN in one gradient of step 3, the loss being finite."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            weight = kwargs["model"].model.norm.weight
+            weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "message"),
+    [
+        (Poison(), {}, "the loss is nan"),
+        (PoisonAfterSaving(), {}, "logits are not finite in sampling"),
+        (PoisonGradient(), {}, "a gradient is not finite"),
+        (PoisonGradient(), {"max_grad_norm": 0.0}, "a gradient is not finite"),
+    ],
+)
+def test_stops_at_what_is_not_finite(
+    tmp_path: Path, fault: Any, settings: dict[str, Any], message: str
+) -> None:
+    """Names step and rows, takes no step, keeps the last good checkpoint."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "reference": "teacher"}
+    trainer = make(tmp_path, callbacks=[fault], **saving, **settings)
+    with pytest.raises(NonFiniteLossError, match=rf"step 3: .*{message}.*rows \[.*checkpoint-2"):
         trainer.train()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    assert all(torch.isfinite(p).all() for p in loaded.parameters())
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    for name in ("checkpoint-1", "checkpoint-2"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert all(torch.isfinite(p).all() for p in loaded.parameters())
+
+
+def test_never_saves_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """A learning rate beyond all bounds: the step itself destroys the weights."""
+
+    class Explode(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                kwargs["model"].model.norm.weight.data.fill_(float("inf"))
+
+    trainer = make(tmp_path, callbacks=[Explode()], save_strategy="steps", save_steps=1)
+    with pytest.raises(NonFiniteLossError, match=r"not finite after step 2.*checkpoint-1"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-2").exists()
+    with pytest.raises(NonFiniteLossError, match="were not saved"):
+        trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
 
 
 def test_refuses_other_vocabulary(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Models and tokenizers by name or path, and what is asked of them before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dudi.signals import lm_head
+from dudi_kernels import LMHead
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Whether a name can only be meant as a path: a Hub id has one slash at most."""
+    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
+
+
+def load_model(
+    model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, argument: str
+) -> Any:
+    """A causal LM from a name or path; a loaded model is returned as it is.
+
+    Raises ValueError, naming `argument`, for what is not there or can't be loaded.
+    """
+    if not isinstance(model, str):
+        return model
+    kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
+    return _load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs)
+
+
+def load_tokenizer(name: str, argument: str) -> Any:
+    """The tokenizer of a name or path; ValueError names `argument`."""
+    return _load(AutoTokenizer.from_pretrained, name, argument, {"trust_remote_code": False})
+
+
+def _load(loader: Any, name: str, argument: str, kwargs: dict[str, Any]) -> Any:
+    path = Path(name).expanduser()
+    if looks_like_a_path(name) and not path.exists():
+        raise ValueError(f"{argument} {name!r} does not exist")
+    try:
+        return loader(str(path) if path.is_dir() else name, **kwargs)
+    except (OSError, ValueError) as error:
+        place = "" if path.exists() else "is neither a folder here nor a Hub id that "
+        raise ValueError(f"{argument} {name!r} {place}can't be loaded: {error}") from error
+
+
+def refuse_adapter(student: Any) -> None:
+    """A student's path must hold a whole model."""
+    if isinstance(student, str) and (Path(student).expanduser() / "adapter_config.json").exists():
+        raise ValueError(
+            f"the student {student!r} is an adapter, not a model: train the merged model "
+            "(`merge_and_unload` of peft, then `save_pretrained`), with or without a new adapter"
+        )
+
+
+def adapter_settings(model: Any) -> dict[str, Any] | None:
+    """The settings of a PEFT model's active adapter, JSON-safe; None where there is none."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    settings = configs[model.active_adapter].to_dict()
+    passing = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+    return {
+        name: _json_safe(value) for name, value in sorted(settings.items()) if name not in passing
+    }
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return json.loads(json.dumps(value, default=str))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def check_models(student: Any, teacher: Any) -> None:
+    """Raise ValueError unless the student can be trained, from this teacher (or None)."""
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError("the student must have parameters that require a gradient, it has none")
+    LMHead.check(student)
+    if teacher is not None:
+        LMHead.check(teacher)
+        check_vocabularies(lm_head(student), lm_head(teacher))
+
+
+def check_vocabularies(student: LMHead, teacher: LMHead) -> None:
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            "teacher and student must share a vocabulary: the student's head has "
+            f"{student.vocab_size} rows, the teacher's {teacher.vocab_size}. Pick models of one "
+            "family; if the tokenizer is the same and only the padding of the head differs, "
+            "`model.resize_token_embeddings` makes them equal."
+        )

@@ -1,0 +1,197 @@
+"""`dudi train` and `dudi evaluate` as users meet them: what a run leaves, refuses, survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from dudi import cli
+from dudi.demo_data import translation_rows
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, str]:
+    """A student, a teacher and a dataset on disk."""
+    folder = tmp_path / "inputs"
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny.model(seed).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    lines = [json.dumps(row) for row in translation_rows("train")[:12]]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "model_name_or_path": str(folder / "student"),
+        "teacher_model_name_or_path": str(folder / "teacher"),
+        "dataset_name": str(folder / "data.jsonl"),
+    }
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def train(models: dict[str, str], folder: Path, *more: str, **options: Any) -> int:
+    settings = {
+        "output_dir": folder,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 6,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return cli.main(["train", *words(models | settings | options), *more])
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_and_its_evaluation(models: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    test = {"dataset_test_name": models["dataset_name"], "eval_generate_rows": 1}
+    assert train(models, folder, **test) == 0
+    names = {p.name for p in folder.iterdir()}
+    assert {"run.json", "metrics.jsonl", "evaluation.json", "report.html", "model"} <= names
+    assert json.loads((folder / "evaluation.json").read_text()).keys() == {"before", "after"}
+    output = tmp_path / "figures.json"
+    options = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": models["dataset_name"],  # a plain file: all of it, no --split needed
+        "teacher_model_name_or_path": models["teacher_model_name_or_path"],
+        "generate_rows": 1,
+        "output": output,
+    }
+    assert cli.main(["evaluate", *words(options)]) == 0
+    assert json.loads(output.read_text())["model"]["mean"]["kl_to_teacher"] > 0
+
+
+def test_an_adapter_can_be_evaluated_and_not_be_a_student(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    adapter = ("--use_peft", "--lora_target_modules", "[q_proj]")
+    assert train(models, folder, *adapter) == 0
+    options = {"model_name_or_path": folder / "model", "dataset_name": models["dataset_name"]}
+    assert cli.main(["evaluate", *words(options), "--generate_rows", "0"]) == 0
+    capsys.readouterr()
+    other = tmp_path / "other"
+    assert train(models | {"model_name_or_path": str(folder / "model")}, other) == 2
+    assert "is an adapter, not a model" in error_of(capsys)
+    assert not other.exists()
+
+
+def test_overwriting_keeps_what_is_not_the_run_s(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train(models, folder) == 0
+    (folder / "notes.txt").write_text("mine")
+    inside = models | {"model_name_or_path": str(folder / "model")}
+    assert train(inside, folder, "--overwrite") == 2
+    assert "--overwrite would remove it" in error_of(capsys)
+    assert (folder / "model" / "model.safetensors").exists()
+    assert train(models, folder, "--overwrite", max_steps=1) == 0
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_ctrl_c_during_the_first_evaluation_leaves_nothing(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+
+    def press(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("dudi.run.evaluate_model", press)
+    test = {"dataset_test_name": models["dataset_name"]}
+    assert train(models, folder, **test) == 130
+    assert "nothing of the run is left" in error_of(capsys)
+    assert not any(folder.iterdir())
+    monkeypatch.undo()
+    assert train(models, folder, eval_generate_rows=0, **test) == 0
+
+
+def test_ctrl_c_says_how_to_go_on(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dudi.trainer import DuDiTrainer
+
+    folder = tmp_path / "run"
+    real = DuDiTrainer.compute_loss
+
+    def press(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(DuDiTrainer, "compute_loss", press)
+    assert train(models, folder, max_steps=3) == 130
+    told = error_of(capsys)
+    assert "checkpoint-1 is saved" in told and "--resume" in told
+    monkeypatch.undo()
+    assert train(models, folder, "--resume", max_steps=3) == 0
+    assert json.loads((folder / "run.json").read_text())["steps"] == 3
+
+
+def test_a_run_that_is_not_finite_is_told_in_a_line(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate beyond all bounds: no checkpoint with weights that are not finite."""
+    folder = tmp_path / "run"
+    options = {"learning_rate": 1e30, "save_steps": 1, "max_grad_norm": 0, "max_steps": 6}
+    assert train(models, folder, **options) == 1
+    told = error_of(capsys)
+    assert "step" in told and "dataset rows [" in told and "Traceback" not in told
+    assert not (folder / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_name_or_path": "./no/such/student"}, "model_name_or_path './no/such/student'"),
+        ({"model_name_or_path": "runs/student"}, "model_name_or_path 'runs/student' is neither"),
+        ({"teacher_model_name_or_path": "/no/teacher"}, "teacher_model_name_or_path '/no/teacher'"),
+        ({"tokenizer_name_or_path": "./none"}, "tokenizer_name_or_path './none' does not exist"),
+        ({"dataset_name": "./none.jsonl"}, "dataset file or folder './none.jsonl'"),
+        ({"fp16": True}, "fp16 needs a GPU"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "run"
+    assert train(models | change, folder) == 2
+    assert message in error_of(capsys)
+    assert not folder.exists()
+
+
+def test_config_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", "a.yaml", "--config=b.yaml"]) == 2
+    assert "--config must be given once" in error_of(capsys)
+
+
+def test_evaluation_names_its_dataset(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bare.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    options = {"model_name_or_path": models["model_name_or_path"], "dataset_name": path}
+    assert cli.main(["evaluate", *words(options)]) == 2
+    assert "the evaluation dataset must have columns" in error_of(capsys)
