@@ -70,7 +70,7 @@ def _tensors(rows: list[dict[str, Any]], name: str) -> list[Tensor]:
 def _row_scores(model: Any, teacher: Any, rows: list[dict[str, Any]], pad: int) -> Tensor:
     """(B, 2) summed NLL and KL of each row's reference."""
     device = next(model.parameters()).device
-    packed = pack(_tensors(rows, "prompt_ids"), _tensors(rows, "completion_ids"), pad, device)
+    packed = pack(_tensors(rows, "prompt_ids"), _tensors(rows, "completion_ids"), pad).to(device)
     hidden, head = response_hidden(model, packed), lm_head(model)
     if teacher is None or teacher is model:
         nll = -linear_log_prob(hidden, head, packed.targets)

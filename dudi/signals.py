@@ -1,8 +1,9 @@
 """From token ids to the three-signal loss: packing, hidden states, heads, one fused sweep.
 
-Sequences are packed as [prompt, response, padding]; only the rows whose hidden state predicts a
-response token reach the kernels, sequence by sequence, so that rows of student and teacher pair by
-response position whatever their prompts were. Bodies give hidden states only; no logits exist here.
+Sequences are packed as [prompt, response, padding], those of like length together. Only the rows
+whose hidden state predicts a response token reach the kernels, sequence by sequence, so that rows
+of student and teacher pair by response position whatever their prompts were. Bodies give hidden
+states only; no logits exist here.
 """
 
 from __future__ import annotations
@@ -17,47 +18,70 @@ from torch import Tensor, nn
 from dudi_kernels import LMHead
 
 
-class Packed(NamedTuple):
-    """A batch of sequences and where their responses are."""
+class Group(NamedTuple):
+    """Sequences of like length, right-padded for one forward pass."""
 
-    input_ids: Tensor  # (B, T) prompt, response, right padding
+    input_ids: Tensor  # (B, T) prompt, response, padding
     attention_mask: Tensor  # (B, T)
     row_mask: Tensor  # (B, T) True where the hidden state predicts a response token
+
+
+class Packed(NamedTuple):
+    """Sequences in groups, and their response rows in the order of the sequences."""
+
+    groups: tuple[Group, ...]
+    order: Tensor  # (N,) place of each row among the rows of the groups, one after another
     targets: Tensor  # (N,) the response tokens, sequence by sequence
     segment_ids: Tensor  # (N,) which sequence a row belongs to
 
     @property
     def num_tokens(self) -> int:
-        return int(self.attention_mask.sum())
+        return sum(int(group.attention_mask.sum()) for group in self.groups)
+
+    def to(self, device: torch.device | str | None) -> Packed:
+        groups = tuple(Group(*(t.to(device) for t in group)) for group in self.groups)
+        return Packed(groups, *(t.to(device) for t in self[1:]))
+
+
+MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
 
 
 def pack(
     prompts: Sequence[Tensor],  # B of (P_i,)
     responses: Sequence[Tensor],  # B of (R_i,)
     pad_token_id: int,
-    device: torch.device | str | None = None,
     segments: Sequence[int] | None = None,  # B segment numbers; default 0, 1, ..., B - 1
 ) -> Packed:
     """Put each response right after its prompt, padding last, so no row comes from a PAD token."""
     sequences = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
+    count = max(1, min(MOST_GROUPS, len(sequences) // SMALLEST_GROUP))
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    parts = [part.tolist() for part in torch.tensor(by_length).tensor_split(count)]
+    groups = tuple(
+        _group([sequences[i] for i in part], [len(prompts[i]) for i in part], pad_token_id)
+        for part in parts
+    )
+    lengths = torch.tensor([len(r) for r in responses])
+    numbers = torch.arange(len(sequences)) if segments is None else torch.tensor(segments)
+    of_row = torch.tensor(by_length).repeat_interleave(lengths[by_length])
+    return Packed(
+        groups,
+        of_row.argsort(stable=True),
+        torch.cat([r.long() for r in responses]),
+        numbers.repeat_interleave(lengths),
+    )
+
+
+def _group(sequences: list[Tensor], prompt_lengths: list[int], pad_token_id: int) -> Group:
     width = max(map(len, sequences))
     input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     row_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for i, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+    for i, (sequence, prompt) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         input_ids[i, : len(sequence)] = sequence
         attention_mask[i, : len(sequence)] = 1
-        row_mask[i, len(prompt) - 1 : len(sequence) - 1] = True
-    lengths = torch.tensor([len(r) for r in responses])
-    numbers = torch.arange(len(sequences)) if segments is None else torch.tensor(segments)
-    packed = Packed(
-        input_ids,
-        attention_mask,
-        row_mask,
-        torch.cat([r.long() for r in responses]),
-        numbers.repeat_interleave(lengths),
-    )
-    return Packed(*(t.to(device) for t in packed)) if device is not None else packed
+        row_mask[i, prompt - 1 : len(sequence) - 1] = True
+    return Group(input_ids, attention_mask, row_mask)
 
 
 def causal_lm(model: Any) -> Any:
@@ -71,8 +95,11 @@ def response_hidden(model: nn.Module, packed: Packed) -> Tensor:
     body = lm.base_model
     if body is lm:
         raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
-    output = body(input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False)
-    return output.last_hidden_state[packed.row_mask]
+    rows = []
+    for ids, attention_mask, row_mask in packed.groups:
+        output = body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        rows.append(output.last_hidden_state[row_mask])
+    return torch.cat(rows)[packed.order]
 
 
 def lm_head(model: nn.Module) -> LMHead:

@@ -293,7 +293,7 @@ class DuDiTrainer(Trainer):
     ) -> Any:
         batch: MicroBatch = inputs["batch"]
         device = self.accelerator.device
-        student = Packed(*(t.to(device) for t in batch.student))
+        student = batch.student.to(device)
         with self.accelerator.autocast():
             teacher_hidden, teacher_head = self._teacher_side(batch, device)
             reference = self._reference_log_prob(student)
@@ -317,7 +317,7 @@ class DuDiTrainer(Trainer):
         if batch.teacher is None:
             return None, None
         teacher = self.accelerator.unwrap_model(self.teacher)
-        packed = Packed(*(t.to(device) for t in batch.teacher))
+        packed = batch.teacher.to(device)
         hidden = response_hidden(teacher, packed)
         rows = batch.student.segment_ids.to(device)
         if len(hidden) < len(rows):  # nothing reads the teacher's rows of the other side
@@ -418,7 +418,7 @@ class DuDiTrainer(Trainer):
             if weight > 0:
                 add(name, value, share)  # parts sum over micro-batches and ranks
         add("entropy", output.entropy.sum(), len(output.entropy))
-        self._count_tokens(packed)
+        self._count_tokens(batch.student)
         chosen, rejected = output.log_probs[0::2], output.log_probs[1::2]
         pairs = len(batch.rows)
         if self.args.needs_given:
@@ -436,9 +436,9 @@ class DuDiTrainer(Trainer):
             add("rewards/accuracies", (margins > 0).float().sum(), pairs)
 
     def _count_tokens(self, packed: Packed) -> None:
-        tokens = packed.attention_mask.sum()
+        tokens = torch.tensor(packed.num_tokens)
         if self.accelerator.num_processes > 1:
-            tokens = self.accelerator.reduce(tokens, "sum")
+            tokens = self.accelerator.reduce(tokens.to(self.args.device), "sum")
         self.state.num_input_tokens_seen += int(tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

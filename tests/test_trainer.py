@@ -39,19 +39,29 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [r for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r]
 
 
+def sequences(packed: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and row mask of each sequence, in their order."""
+    found = []
+    for group in packed.groups:
+        for ids, seen, mask in zip(*group, strict=True):
+            found.append((ids[seen.bool()], mask[seen.bool()]))
+    starts = torch.tensor([0] + [int(mask.sum()) for _, mask in found]).cumsum(0)[:-1]
+    return [found[i] for i in starts.apply_(packed.order.tolist().index).argsort()]
+
+
 def naive_losses(trainer: DuDiTrainer, batch: Any) -> dict[str, torch.Tensor]:
     """The three signals from dense logits, one sequence at a time, in float64."""
     a = trainer.args
     student, teacher = trainer.model.double(), trainer.teacher.double()
-    packed, seen = batch.student, batch.teacher
     start = 0
     off, on, given, drawn = [], [], [], []
-    for i in range(len(packed.input_ids)):
-        rows = int(packed.row_mask[i].sum())
-        y = packed.targets[start : start + rows]
+    pairs = zip(sequences(batch.student), sequences(batch.teacher), strict=True)
+    for i, ((ids, mask), (seen_ids, seen_mask)) in enumerate(pairs):
+        rows = int(mask.sum())
+        y = batch.student.targets[start : start + rows]
         start += rows
-        lq = student(packed.input_ids[i : i + 1]).logits[0][packed.row_mask[i]].log_softmax(-1)
-        lp = teacher(seen.input_ids[i : i + 1]).logits[0][seen.row_mask[i]].log_softmax(-1)
+        lq = student(ids[None]).logits[0][mask].log_softmax(-1)
+        lp = teacher(seen_ids[None]).logits[0][seen_mask].log_softmax(-1)
         ours, theirs = lq.gather(1, y[:, None]).sum(), lp.gather(1, y[:, None]).sum()
         if i % 2 == 0:
             off.append((lp.exp() * (lp - lq)).sum(-1))
@@ -78,7 +88,7 @@ def test_step_equals_dense_formulas(tmp_path: Path, length_power: int) -> None:
     iterator = iter(trainer.get_train_dataloader())
     (inputs,), _ = trainer.get_batch_samples(iterator, 1, torch.device("cpu"))
     batch = inputs["batch"]
-    assert not torch.equal(batch.student.input_ids, batch.teacher.input_ids)
+    assert batch.student.num_tokens != batch.teacher.num_tokens
     trainer.current_gradient_accumulation_steps = 1
     loss, output = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
     loss.backward()
