@@ -265,17 +265,16 @@ class DuDiConfig(TrainingArguments):
             given = getattr(self, name)
             if given not in (value, None):
                 raise ValueError(f"{name} must be {value}: DuDiTrainer can't honour {given!r}")
-        if self.deepspeed is not None or _launched_with("DEEPSPEED"):
-            raise ValueError("DeepSpeed is not supported: use DDP or FSDP")
+        for engine, chosen in (("DeepSpeed", self.deepspeed), ("FSDP", self.fsdp)):
+            if chosen or _launched_with(engine.upper()):
+                raise ValueError(
+                    f"{engine} is not supported: sampling and the teacher need whole weights on "
+                    "each rank; use DDP (torchrun), with use_peft where memory is short"
+                )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 "train_sampling_strategy must be random or sequential, got "
                 f"{self.train_sampling_strategy!r}"
-            )
-        copied = self.preference_weight > 0 and self.reference in ("initial", "lagged")
-        if copied and (self.fsdp or _launched_with("FSDP")):
-            raise ValueError(
-                f"reference={self.reference!r} is not supported under FSDP: use 'teacher' or 'none'"
             )
 
 

@@ -53,7 +53,9 @@ def collect(run_dir: str | Path) -> Collected:
         checked_object(evaluation, f"{label!r} of {folder / 'evaluation.json'}")
     found.settings = _settings(found.info, children)
     if not (found.info or found.metrics or found.evaluations or found.summary):
-        raise ValueError(f"run_dir must hold one of {', '.join(FILES)}, got {folder}")
+        raise ValueError(
+            f"run_dir must hold one of {', '.join(FILES)} with something in it, got {folder}"
+        )
     return found
 
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import tiny
+from transformers import TrainerCallback
 
 from dudi.trainer import DuDiTrainer
+
+
+class Spoil(TrainerCallback):
+    """A NaN in the weights of rank 1 before step 2."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and os.environ.get("RANK") == "1":
+            kwargs["model"].model.norm.weight.data.fill_(float("nan"))
 
 
 def main(folder: str, batch_size: int) -> None:
@@ -27,6 +37,7 @@ def main(folder: str, batch_size: int) -> None:
         args=config,
         train_dataset=tiny.rows(),
         processing_class=tiny.tokenizer(),
+        callbacks=[Spoil()] if os.environ.get("SPOIL") else None,
     )
     trainer.train()
     trainer.save_model(f"{folder}/model")
