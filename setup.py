@@ -1,5 +1,64 @@
-"""Everything is in pyproject.toml; this file is where compiled extensions will be declared."""
+"""The optional compiled steps of the torch backend; everything else is in pyproject.toml.
 
-from setuptools import setup
+One small library for each instruction set, from one source, and a header that is generated from
+divergences.py. Without a C++ compiler the installation succeeds and torch does the same work.
+"""
 
-setup()
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path(__file__).parent / "dudi_kernels"
+NATIVE = "dudi_kernels.backends.native"
+COMMON = ["-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+LEVELS = {"base": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-ffp-contract=fast"]
+    LEVELS["avx512"] = [
+        *LEVELS["avx2"],
+        "-mavx512f",
+        "-mavx512dq",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mprefer-vector-width=512",
+    ]
+
+
+def module_of(path, name):
+    """A module by its file: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Build(build_ext):
+    def run(self):
+        generate = module_of(KERNELS / "backends/native/generate.py", "dudi_generate")
+        divergences = module_of(KERNELS / "divergences.py", "dudi_divergences")
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "divergences.h").write_text(generate.header(divergences), encoding="utf-8")
+        self.parallel = None  # the libraries share an object's name
+        for extension in self.extensions:
+            extension.include_dirs.append(str(folder))
+        super().run()
+
+
+setup(
+    cmdclass={"build_ext": Build},
+    ext_modules=[
+        Extension(
+            f"{NATIVE}._rows_{level}",
+            ["dudi_kernels/backends/native/rows.cpp"],
+            extra_compile_args=[*COMMON, *flags],
+            optional=True,
+        )
+        for level, flags in LEVELS.items()
+    ],
+)

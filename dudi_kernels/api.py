@@ -49,6 +49,7 @@ def linear_distill_loss(
     beta: float = 0.5,
     alpha: float = 0.1,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     token_weight: Tensor | None = None,  # (N,)
     targets: Tensor | None = None,  # (N,)
     ce_weight: float = 0.0,
@@ -95,7 +96,7 @@ def linear_distill_loss(
     teacher = checks.side("teacher", teacher_hidden, teacher_head)
     checks.pair_of_sides(student, teacher)
     measure = checks.divergence("divergence", divergence, beta, alpha)
-    checks.temperature(temperature)
+    temperatures = checks.temperatures(temperature, teacher_temperature)
     checks.number("ce_weight", ce_weight, 0, math.inf)
     if ce_weight > 0 and targets is None:
         raise ValueError("targets must be given with ce_weight > 0, got None")
@@ -110,7 +111,7 @@ def linear_distill_loss(
         None if flat is None else counted.pick(flat),
         None if weight is None else counted.pick(weight),
         ce_weight,
-        1 / temperature,
+        temperatures,
         pick_backend(backend),
         memory_budget,
     )
@@ -126,14 +127,14 @@ def _weighted_sweep(
     targets: Tensor | None,  # (N,)
     weight: Tensor | None,  # (N,) None: the mean
     ce_weight: float,
-    inv_tau: float,
+    temperatures: tuple[float, float],
     backend: ModuleType,
     memory_budget: int,
 ) -> tuple[Tensor, RowValues]:
     """sum_n weight_n (D_n + ce_weight CE_n) by one *retain* sweep."""
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-    plan = make_plan(learner, guide, memory_budget)
+    plan = make_plan(learner, guide, [measure], backend, memory_budget)
     if weight is None:
         weight = torch.full((rows,), 1 / max(rows, 1), device=student.hidden.device)
 
@@ -153,7 +154,8 @@ def _weighted_sweep(
         coefficient=weight * -ce_weight if ce_weight else None,
         coefficients=None,
         teacher_log_prob=False,
-        inv_tau=inv_tau,
+        inv_tau=1 / temperatures[0],
+        teacher_inv_tau=1 / temperatures[1],
         plan=plan,
         needs=wanted_gradients(student),
     )
@@ -195,7 +197,7 @@ def linear_cross_entropy(
         return counted.put_back(-log_prob(own, flat, 1.0, pick_backend(backend), memory_budget))
     weight = None if reduction == "mean" else torch.ones(len(flat), device=flat.device)
     loss, _ = _weighted_sweep(
-        own, None, None, flat, weight, 1.0, 1.0, pick_backend(backend), memory_budget
+        own, None, None, flat, weight, 1.0, (1.0, 1.0), pick_backend(backend), memory_budget
     )
     return loss
 
@@ -231,7 +233,7 @@ def linear_log_prob(
     values = log_prob(
         counted.rows(rows),
         counted.pick(flat),
-        1 / temperature,
+        temperature,
         pick_backend(backend),
         memory_budget,
     )

@@ -37,6 +37,15 @@ def temperature(value: float) -> None:
     number("temperature", value, 0, math.inf, ends=False)
 
 
+def temperatures(value: float, teacher: float | None) -> tuple[float, float]:
+    """The student's and the teacher's; one alone is both."""
+    temperature(value)
+    if teacher is None:
+        return value, value
+    number("teacher_temperature", teacher, 0, math.inf, ends=False)
+    return value, teacher
+
+
 def budget(value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"memory_budget must be a number of bytes, got {value!r}")
@@ -45,10 +54,13 @@ def budget(value: int) -> None:
 def divergence(name: str, value: str, beta: float, alpha: float) -> Measure:
     """The divergence of that name with its parameters."""
     one_of(name, value, DIVERGENCES)
-    if value == "jsd":
-        number("beta", beta, 0, 1, ends=False)  # its limit at 0 is 0, not forward KL
+    if value in ("jsd", "jeffreys"):
+        number("beta", beta, 0, 1, ends=False)  # jsd's limit at 0 is 0, not forward KL
     if value.startswith("skew"):
         number("alpha", alpha, 0, 1, ends=False)
+    if value == "alpha_beta":
+        number("alpha", alpha, 0, math.inf, ends=False)
+        number("beta", beta, 0, math.inf, ends=False)
     return DIVERGENCES[value].measure(beta, alpha)
 
 
@@ -110,7 +122,7 @@ def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Ten
         )
     if integers and (value.is_floating_point() or value.dtype == torch_bool):
         raise TypeError(f"{name} must be integers, got {value.dtype}")
-    flat = value.detach().reshape(-1)
+    flat = value.detach().reshape(-1).contiguous()
     return flat.long() if integers else flat.float()
 
 

@@ -1,8 +1,9 @@
 """How many rows at a time: from shapes and a budget in bytes to chunks, tiles and blocks.
 
-The workspace of *retain* is the logits of a chunk for each side, the temporaries of a tile of a few
-rows, and one block of the head converted where it is not fp32; that of *recompute* is a few (N,
-block) buffers. Gradients, results and O(N) vectors are not workspace.
+The workspace of *retain* is the logits of a chunk for each side and one block of the head converted
+where it is not fp32; that of *recompute* is a (N, block) buffer for each side. Where the steps are
+not compiled, the temporaries of a tile of a few rows come on top. Gradients, results and O(N)
+vectors are not workspace.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from typing import NamedTuple
 DEFAULT_BUDGET = 256 * 2**20  # bytes
 TILE_BYTES = 2**19  # of one temporary: some of them fit a CPU's cache together
 TILE_SHARE = 32  # part of the budget that one is elsewhere: an accelerator wants few launches
-TEMPORARIES = 14  # tiles alive at once in the element-wise part, at the most
-COLUMNS = 3  # (N, block) buffers alive at once in *recompute*
+TEMPORARIES = 16  # tiles alive at once in the element-wise part, at the most
 MAX_CHUNK = 384  # rows; more gained nothing, and 1024 were 3 to 9 % slower on a CPU
 BLOCK = 4096  # columns of a vocabulary block, at the most
 FP32 = 4
@@ -26,11 +26,17 @@ class Plan(NamedTuple):
 
 
 def plan_retain(
-    vocab_size: int, widths: tuple[int, ...], convert: bool, budget: int, cached: bool = True
+    vocab_size: int,
+    widths: tuple[int, ...],
+    convert: bool,
+    budget: int,
+    *,
+    cached: bool = True,
+    temporaries: bool = True,
 ) -> Plan:
     """Rows a chunk and rows a tile, for a side of each width (student, teacher).
 
-    `cached`: whether tiles shall fit a cache (a CPU's).
+    `cached`: whether tiles shall fit a cache (a CPU's); `temporaries`: whether tiles need any.
 
     Raises:
         ValueError: the budget does not hold one row; says the least that works.
@@ -40,7 +46,7 @@ def plan_retain(
     chunk_row = len(widths) * row + (sum(widths) * FP32 if convert else 0)
     if convert:
         chunk_row += min(BLOCK, vocab_size) * FP32
-    tile_row = TEMPORARIES * row
+    tile_row = TEMPORARIES * row if temporaries else 0
     least = fixed + chunk_row + tile_row
     if budget < least:
         raise ValueError(
@@ -48,21 +54,40 @@ def plan_retain(
             f"got {budget:,}"
         )
     most = (budget - fixed) // (chunk_row + tile_row)  # tiles as long as chunks
-    tile_bytes = TILE_BYTES if cached else max(TILE_BYTES, budget // TILE_SHARE)
-    tile_rows = max(1, min(tile_bytes // row, most))
+    tile_rows = max(1, min(_tile_bytes(budget, cached) // row, most))
     most_rows = (budget - fixed - tile_rows * tile_row) // chunk_row
     return Plan(min(MAX_CHUNK, most_rows), tile_rows, most_rows)
 
 
-def plan_block(rows: int, width: int, convert: bool, budget: int) -> int:
-    """Columns a vocabulary block of *recompute*.
+def _tile_bytes(budget: int, cached: bool) -> int:
+    return TILE_BYTES if cached else max(TILE_BYTES, budget // TILE_SHARE)
+
+
+def plan_block(
+    rows: int,
+    widths: tuple[int, ...],
+    convert: bool,
+    budget: int,
+    *,
+    cached: bool = True,
+    temporaries: bool = True,
+) -> tuple[int, int]:
+    """Columns a vocabulary block of *recompute*, and rows a tile.
 
     Raises:
         ValueError: the budget does not hold one column; says the least that works.
     """
-    column = COLUMNS * max(rows, 1) * FP32 + (2 if convert else 1) * width * FP32
+    rows = max(rows, 1)
+    column = len(widths) * rows * FP32 + (3 if convert else 1) * max(widths) * FP32
+    tile_bytes = 0
+    if temporaries:
+        tile_bytes = min(_tile_bytes(budget, cached), budget // (2 * TEMPORARIES))
+        column += TEMPORARIES * FP32  # a tile of one row
+    if convert:
+        budget -= rows * sum(widths) * FP32
     if budget < column:
         raise ValueError(
             f"memory_budget must be at least {column:,} bytes for {rows:,} rows, got {budget:,}"
         )
-    return min(BLOCK, budget // column)
+    block = min(BLOCK, (budget - TEMPORARIES * tile_bytes) // column)
+    return block, max(1, min(rows, tile_bytes // (block * FP32)))

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from dudi_kernels import checks
 from dudi_kernels.checks import Rows
+from dudi_kernels.divergences import Measure
+from dudi_kernels.head import LMHead
 from dudi_kernels.plan import Plan, plan_block, plan_retain
-from dudi_kernels.sweep import LogProb, Needs, Retain, RowValues, Side
+from dudi_kernels.recompute import Job, RowWise
+from dudi_kernels.sweep import Needs, Retain, RowValues, Side
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -53,16 +56,24 @@ def _converts(side: Side) -> bool:
     return not (side.hidden.dtype == side.head.weight.dtype == torch.float32)
 
 
-def make_plan(student: Side, teacher: Side | None, memory_budget: int) -> Plan:
+def make_plan(
+    student: Side,
+    teacher: Side | None,
+    measures: list[Measure | None],
+    backend: ModuleType,
+    memory_budget: int,
+) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
     widths = tuple(side.head.width for side in sides)
+    device = student.hidden.device
     return plan_retain(
         student.head.vocab_size,
         widths,
         any(map(_converts, sides)),
         memory_budget,
-        cached=student.hidden.device.type == "cpu",
+        cached=device.type == "cpu",
+        temporaries=backend.needs_temporaries(device, measures),
     )
 
 
@@ -72,16 +83,62 @@ def retain(rows: Rows, *arguments: object) -> tuple[Tensor, RowValues]:
     return loss, RowValues(*values)
 
 
-def log_prob(
-    rows: Rows, targets: Tensor, inv_tau: float, backend: ModuleType, memory_budget: int
-) -> Tensor:
-    """(N,) log q[target], differentiable by row."""
+def row_wise(
+    student: Rows,
+    teacher: Rows | None,
+    measure: Measure | None,
+    targets: Tensor | None,
+    temperatures: tuple[float, float],  # of the divergence: student's, teacher's
+    backend: ModuleType,
+    memory_budget: int,
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N,) divergence, log_prob, entropy and teacher_entropy; all but the last differentiable."""
     checks.budget(memory_budget)
-    side = as_side(rows)
-    block = plan_block(len(side.hidden), side.head.width, _converts(side), memory_budget)
-    return LogProb.apply(
-        rows.hidden, rows.head.weight, rows.head.bias, side, targets, inv_tau, block, backend
+    learner, guide = as_side(student), None if teacher is None else as_side(teacher)
+    sides = [side for side in (learner, guide) if side is not None]
+    device = learner.hidden.device
+    block, tile_rows = plan_block(
+        len(learner.hidden),
+        tuple(side.head.width for side in sides),
+        any(map(_converts, sides)),
+        memory_budget,
+        cached=device.type == "cpu",
+        temporaries=backend.needs_temporaries(device, [measure]),
     )
+    job = Job(
+        student=learner,
+        teacher=guide,
+        targets=targets,
+        measure=measure,
+        entropy=entropy,
+        inv_tau=1 / temperatures[0],
+        teacher_inv_tau=1 / temperatures[1],
+        block=block,
+        tile_rows=tile_rows,
+        backend=backend,
+    )
+    return RowWise.apply(student.hidden, student.head.weight, student.head.bias, job)
+
+
+def log_prob(
+    rows: Rows, targets: Tensor, temperature: float, backend: ModuleType, memory_budget: int
+) -> Tensor:
+    """(N,) log q[target], differentiable by row; a temperature is a scale of the head."""
+    head = rows.head
+    warm = LMHead(head.weight, head.bias, head.softcap, head.scale / temperature)
+    _, values, _, _ = row_wise(
+        rows._replace(head=warm),
+        None,
+        None,
+        targets,
+        (1.0, 1.0),
+        backend,
+        memory_budget,
+        entropy=False,
+    )
+    return values
 
 
 class Counted:

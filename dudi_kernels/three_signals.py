@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -104,6 +105,7 @@ def linear_dudi_loss(
     beta: float = 0.5,
     alpha: float = 0.1,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     preference_beta: float = 0.1,
     preference_length_power: int = 0,
     reference_log_prob: Reference = None,  # (S,)
@@ -168,7 +170,7 @@ def linear_dudi_loss(
         checks.divergence("off_policy_divergence", off_policy_divergence, beta, alpha),
         checks.divergence("on_policy_divergence", on_policy_divergence, beta, alpha),
     )
-    checks.temperature(temperature)
+    temperatures = checks.temperatures(temperature, teacher_temperature)
     checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
     if preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
@@ -196,8 +198,9 @@ def linear_dudi_loss(
     if off_policy_weight or on_policy_weight or preference.from_teacher:
         teacher = _teacher(student, teacher_hidden, teacher_head)
     signals = _Signals(weights, packing, preference)
-    task = signals.task(student, teacher, flat, measures, 1 / temperature, memory_budget)
-    loss, values = retain(student, task, pick_backend(backend), signals.combine)
+    engine = pick_backend(backend)
+    task = signals.task(student, teacher, flat, measures, temperatures, engine, memory_budget)
+    loss, values = retain(student, task, engine, signals.combine)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
     return DuDiLoss(loss, *signals.parts, *(v.view(student.shape) for v in per_row))
 
@@ -248,12 +251,13 @@ class _Signals:
         teacher: Rows | None,
         targets: Tensor,
         measures: tuple[Measure, Measure],  # of y+, of y-
-        inv_tau: float,
+        temperatures: tuple[float, float],  # the student's, the teacher's
+        backend: ModuleType,
         memory_budget: int,
     ) -> Task:
         w, packing = self.weights, self.packing
         learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-        plan = make_plan(learner, guide, memory_budget)
+        plan = make_plan(learner, guide, list(measures), backend, memory_budget)
         positive = packing.positive
         return Task(
             student=learner,
@@ -265,7 +269,8 @@ class _Signals:
             coefficient=torch.where(positive, -w.ce / w.off_rows, 0.0) if w.ce else None,
             coefficients=self.preference.coefficients if w.preference else None,
             teacher_log_prob=self.preference.from_teacher,
-            inv_tau=inv_tau,
+            inv_tau=1 / temperatures[0],
+            teacher_inv_tau=1 / temperatures[1],
             plan=plan,
             needs=wanted_gradients(student),
         )

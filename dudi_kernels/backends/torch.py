@@ -1,37 +1,42 @@
-"""The primitives in plain torch, on any device.
+"""The primitives in plain torch, on any device; on a CPU the element-wise steps may be compiled.
 
-`project` makes fp32 logits of a block of rows in a given buffer; `normalize` turns them into
-log-probabilities and `row_terms` these into the gradient of the raw logits, both in place and in
-tiles of a few rows, so that temporaries stay in cache; `accumulate` makes of that the gradients of
-hidden states, weight and bias. `stream_block` and `block_gradient` do the same by vocabulary block.
+`project` makes fp32 logits of a block of rows in a given buffer, `accumulate` the gradients of
+hidden states, weight and bias from the gradient of the logits. `steps` takes the element-wise steps
+between them (tiles.py), in tiles of a few rows, so that temporaries stay in cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dudi_kernels.divergences import FLOOR, TINY, Measure
+from dudi_kernels.backends import native
+from dudi_kernels.divergences import FLOOR, TINY, Helpers, Measure
 from dudi_kernels.head import LMHead
 from dudi_kernels.plan import BLOCK
+from dudi_kernels.tiles import (
+    STUDENT_POLE,
+    TEACHER_POLE,
+    RowState,
+    Setting,
+    Steps,
+    Tile,
+    smooth_mask,
+)
 
 MM_RETURNS_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8
 
 
-class RowTerms(NamedTuple):
-    divergence: Tensor  # (R,)
-    entropy: Tensor  # (R,)
-    teacher_entropy: Tensor  # (R,)
+# ---- GEMMs ---------------------------------------------------------------------------------------
 
 
 def _gemm_dtype(hidden: Tensor, backward: bool) -> torch.dtype:
     """Half precision only where a GEMM of it returns fp32; its gradients only in bf16."""
-    native = hidden.is_cuda and torch.version.hip is None and MM_RETURNS_FP32
+    native_mm = hidden.is_cuda and torch.version.hip is None and MM_RETURNS_FP32
     half = torch.bfloat16 if backward else hidden.dtype  # fp16 gradients would underflow
-    return hidden.dtype if native and hidden.dtype == half else torch.float32
+    return hidden.dtype if native_mm and hidden.dtype == half else torch.float32
 
 
 def _blocks(size: int, whole: bool) -> Iterator[slice]:
@@ -95,147 +100,163 @@ def accumulate(
         grad_bias.add_(grad.sum(0))
 
 
-def normalize(
-    logits: Tensor,  # (R, V) becomes log-probabilities
-    targets: Tensor | None,  # (R,)
-    log_prob: Tensor,  # (R,) written where there are targets
-    log_sum: Tensor | None,  # (R,) written; the logits must be finite
+# ---- element-wise steps --------------------------------------------------------------------------
+
+
+def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
+    """Whether `steps` holds temporaries of a tile; the compiled steps don't."""
+    return not native.takes(device, measures)
+
+
+def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
+    """Take the wanted steps over a tile, in place."""
+    if native.takes(tile.student.device, [tile.measure]):
+        native.steps(setting, state, tile, wanted)
+        return
+    rows = len(tile.student)
+    for start in range(0, rows, setting.tile_rows):
+        local = slice(start, min(start + setting.tile_rows, rows))
+        part = tile._replace(
+            student=tile.student[local],
+            teacher=None if tile.teacher is None else tile.teacher[local],
+            first_row=tile.first_row + start,
+        )
+        own = slice(part.first_row, part.first_row + len(part.student))
+        if wanted.statistics or wanted.teacher_statistics:
+            _statistics(setting, state, part, own, wanted)
+        if wanted.sums or wanted.gradient:
+            _sums_and_gradient(setting, state, part, own, wanted)
+
+
+def _statistics(setting: Setting, state: RowState, tile: Tile, own: slice, wanted: Steps) -> None:
+    sides = []
+    if wanted.statistics:
+        log_sums = state.log_sum, state.tempered_log_sum
+        sides.append((tile.student, setting.inv_tau, *log_sums, state.target))
+    if wanted.teacher_statistics:
+        assert tile.teacher is not None
+        log_sums = state.teacher_log_sum, state.teacher_tempered_log_sum
+        sides.append((tile.teacher, setting.teacher_inv_tau, *log_sums, state.teacher_target))
+    for logits, inv_tau, log_sum, tempered, target in sides:
+        _add_log_sum(log_sum[own], logits)
+        if inv_tau == 1.0:
+            tempered[own] = log_sum[own]
+        else:
+            _add_log_sum(tempered[own], logits * inv_tau)
+        if setting.targets is not None:
+            inside, index = _inside(setting.targets[own] - tile.first_column, logits.shape[1])
+            found = logits.gather(1, index)[:, 0]
+            target[own] = torch.where(inside, found, target[own])
+
+
+def _add_log_sum(log_sum: Tensor, logits: Tensor) -> None:
+    top = logits.amax(1)
+    base = top.masked_fill(top == -torch.inf, 0)  # no inf - inf
+    total = (logits - base[:, None]).exp_().sum(1, dtype=log_sum.dtype)
+    torch.logaddexp(log_sum, base + total.log(), out=log_sum)
+
+
+def _inside(local: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a block of `width` columns, and (R, 1) safe indices."""
+    return (local >= 0) & (local < width), local.clamp(0, width - 1)[:, None]
+
+
+def _log_probs(logits: Tensor, log_sum: Tensor, inv_tau: float, masked: bool) -> Tensor:
+    """Taking the log-sum-exp off in two floats keeps a log-probability as exact as its logit."""
+    high = log_sum.float()
+    low = (log_sum - high).masked_fill(high.isinf(), 0).float()
+    scaled = logits if inv_tau == 1.0 else logits * inv_tau
+    values = (scaled - high[:, None]).sub_(low[:, None])
+    return values.clamp_(min=FLOOR) if masked else values
+
+
+def _sums_and_gradient(
+    setting: Setting, state: RowState, tile: Tile, own: slice, wanted: Steps
 ) -> None:
-    """Log-softmax of a tile in place."""
-    values = torch.log_softmax(logits, dim=1)
-    if log_sum is not None:
-        torch.sub(logits[:, 0], values[:, 0], out=log_sum)
-    logits.copy_(values)
-    if targets is not None:
-        torch.gather(values, 1, targets[:, None], out=log_prob[:, None])
-
-
-def _floored(log_probs: Tensor, masked: bool) -> Tensor:
-    return log_probs.clamp_(min=FLOOR) if masked else log_probs
-
-
-def _tempered(
-    probs: Tensor, log_probs: Tensor, inv_tau: float, masked: bool
-) -> tuple[Tensor, Tensor]:
-    if inv_tau == 1.0:
-        return probs, log_probs
-    tempered = torch.log_softmax(log_probs * inv_tau, dim=1)
-    if masked:
-        tempered.masked_fill_(log_probs <= FLOOR, FLOOR)  # FLOOR / T would pass for a probability
-    return tempered.exp(), tempered
-
-
-def _entropy(probs: Tensor, log_probs: Tensor) -> Tensor:
-    return (probs * log_probs).sum(1).neg_()
-
-
-def _divergence(
-    measure: Measure, p: Tensor, lp: Tensor, q: Tensor, lq: Tensor, masked: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(R,) divergence, (R, V) g and where masked (R,) rows whose gradient exists."""
-    m = lm = None
-    if measure.share is not None:
-        m = torch.lerp(q, p, measure.share).clamp_(min=TINY)
-        lm = m.log()
-    phi, g = measure.terms(p, lp, q, lq, m, lm, measure.share)
-    total = phi.sum(1)
-    if not masked:
-        return total, g, None
-    smooth = torch.ones_like(total, dtype=torch.bool)
-    for pole, log_masked, mass in ((measure.student_masks, lq, p), (measure.teacher_masks, lp, q)):
-        if pole.phi or pole.g:
-            hit = ((log_masked <= FLOOR) & (mass > 0)).any(1)
-            total = total.masked_fill(hit, torch.inf) if pole.phi else total
-            smooth = smooth & ~hit if pole.g else smooth
-    return total, g, smooth
-
-
-def row_terms(
-    log_q: Tensor,  # (R, V) the student's; replaced by the gradient where `head` is given
-    log_p: Tensor | None,  # (R, V) the teacher's
-    measure: Measure | None,
-    inv_tau: float,
-    weight: Tensor,  # (R,) of the divergence
-    coefficient: Tensor | None,  # (R,) of the target's log-probability
-    targets: Tensor | None,  # (R,)
-    log_sum: Tensor | None,  # (R,) where the student's head has a softcap
-    head: LMHead | None,  # the student's, where gradients are wanted
-    masked: bool,  # whether a log-probability may be -inf
-) -> RowTerms:
-    """Divergence, entropies and (in place) the gradient of the raw logits of a tile of rows."""
-    lq1 = _floored(log_q, masked)
+    masked, measure = setting.masked, tile.measure
+    lq1 = _log_probs(tile.student, state.log_sum[own], 1.0, masked)
     q1 = lq1.exp()
-    entropy = _entropy(q1, lq1)
-    divergence = teacher_entropy = torch.zeros_like(weight)
+    if wanted.sums:
+        state.entropy[own] -= (q1 * lq1).sum(1)
     q = g = None
     if measure is not None:
-        assert log_p is not None
-        lp1 = _floored(log_p, masked)
+        assert tile.teacher is not None
+        lp1 = _log_probs(tile.teacher, state.teacher_log_sum[own], 1.0, masked)
         p1 = lp1.exp()
-        teacher_entropy = _entropy(p1, lp1)
-        q, lq = _tempered(q1, lq1, inv_tau, masked)
-        p, lp = _tempered(p1, lp1, inv_tau, masked)
-        divergence, g, smooth = _divergence(measure, p, lp, q, lq, masked)
-        weight = weight if smooth is None else weight * smooth
-    terms = RowTerms(divergence, entropy, teacher_entropy)
-    if head is None:
-        return terms
-    slope = _slope(lq1, log_sum, head)
+        if wanted.sums:
+            state.teacher_entropy[own] -= (p1 * lp1).sum(1)
+        q, lq, p, lp = q1, lq1, p1, lp1
+        if setting.inv_tau != 1.0 or setting.teacher_inv_tau != 1.0:
+            lq = _log_probs(tile.student, state.tempered_log_sum[own], setting.inv_tau, masked)
+            lp = _log_probs(
+                tile.teacher, state.teacher_tempered_log_sum[own], setting.teacher_inv_tau, masked
+            )
+            q, p = lq.exp(), lp.exp()
+        phi, g = measure.terms(p, lp, q, lq, *_helpers(measure, p, lp, q, lq), measure.a, measure.b)
+        if wanted.sums:
+            state.divergence[own] += phi.sum(1)
+            state.g_sum[own] += g.sum(1)
+            if masked:
+                hits = ((lq <= FLOOR) & (p > 0)).any(1) * STUDENT_POLE
+                hits += ((lp <= FLOOR) & (q > 0)).any(1) * TEACHER_POLE
+                state.poles[own] |= hits.int()
+    if wanted.gradient:
+        _gradient(setting, state, tile, own, lq1, q1, q, g)
+
+
+def _helpers(
+    measure: Measure, p: Tensor, lp: Tensor, q: Tensor, lq: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    match measure.helpers:
+        case Helpers.NONE:
+            return None, None, None
+        case Helpers.MIXTURE:
+            mixture = torch.lerp(q, p, measure.a).clamp_(min=TINY)
+            return mixture, mixture.log(), None
+        case Helpers.POWERS:
+            both = measure.a + measure.b
+            return (measure.a * lp + measure.b * lq).exp(), (both * lp).exp(), (both * lq).exp()
+
+
+def _gradient(
+    setting: Setting,
+    state: RowState,
+    tile: Tile,
+    own: slice,
+    lq1: Tensor,
+    q1: Tensor,
+    q: Tensor | None,  # at the divergence's temperature
+    g: Tensor | None,
+) -> None:
+    """w (g - q sum g) + c (onehot - q1) - e q1 (log q1 + H), through softcap and scale."""
+    logits = tile.student
+    slope = _slope(logits, setting)
     if q is None or g is None:
-        log_q.zero_()
+        logits.zero_()
     else:
-        torch.addcmul(g, q, g.sum(1, keepdim=True), value=-1, out=log_q)
-        log_q.mul_((weight * inv_tau)[:, None])
-    if coefficient is not None:
-        assert targets is not None
-        log_q.addcmul_(q1, coefficient[:, None], value=-1)
-        log_q.scatter_add_(1, targets[:, None], coefficient[:, None])
-    if slope is not None:
-        log_q.mul_(slope)
-    return terms
-
-
-def _slope(logits: Tensor, log_sum: Tensor | None, head: LMHead) -> Tensor | float | None:
-    """d logit / d raw logit through softcap and scale; `logits` may lack their log-sum-exp."""
-    if head.softcap is None:
-        return head.scale if head.scale != 1.0 else None
-    raw = logits if log_sum is None else logits + log_sum[:, None]
-    capped = raw / (head.softcap * head.scale)
-    return capped.square_().neg_().add_(1).mul_(head.scale)
-
-
-def stream_block(
-    logits: Tensor,  # (N, B) of a vocabulary block; overwritten
-    inv_tau: float,
-    local: Tensor,  # (N,) target within the block, or outside of it
-    log_sum: Tensor,  # (N,) running log-sum-exp, updated
-    target: Tensor,  # (N,) scaled logit of the target, written by the block that has it
-) -> None:
-    """One block of an online log-sum-exp."""
-    logits.mul_(inv_tau)
-    torch.logaddexp(log_sum, torch.logsumexp(logits, 1), out=log_sum)
-    inside, index = _inside(local, logits.shape[1])
-    target.copy_(torch.where(inside, logits.gather(1, index)[:, 0], target))
-
-
-def block_gradient(
-    logits: Tensor,  # (N, B) replaced by the gradient of the raw logits
-    inv_tau: float,
-    local: Tensor,  # (N,)
-    log_sum: Tensor,  # (N,)
-    grad: Tensor,  # (N,) of the targets' log-probabilities
-    head: LMHead,
-) -> None:
-    """grad * (onehot - q) / T of one block, through softcap and scale."""
-    slope = _slope(logits, None, head)
-    coefficient = (grad * inv_tau)[:, None]
-    logits.mul_(inv_tau).sub_(log_sum[:, None]).exp_().mul_(-coefficient)
-    inside, index = _inside(local, logits.shape[1])
-    logits.scatter_add_(1, index, coefficient * inside[:, None])
+        assert tile.measure is not None
+        weight, g_sum = state.weight[own] * setting.inv_tau, state.g_sum[own]
+        if setting.masked:
+            pole = (state.poles[own] & smooth_mask(tile.measure)) != 0
+            weight, g_sum = weight.masked_fill(pole, 0), g_sum.masked_fill(pole, 0)  # no 0 * inf
+        torch.addcmul(g, q, g_sum[:, None], value=-1, out=logits)
+        logits.mul_(weight[:, None])
+    if state.coefficient is not None:
+        assert setting.targets is not None
+        coefficient = state.coefficient[own, None]
+        logits.addcmul_(q1, coefficient, value=-1)
+        inside, index = _inside(setting.targets[own] - tile.first_column, logits.shape[1])
+        logits.scatter_add_(1, index, coefficient * inside[:, None])
+    if state.entropy_weight is not None:
+        surprise = lq1.add_(state.entropy[own, None]).mul_(q1)
+        logits.addcmul_(surprise, state.entropy_weight[own, None], value=-1)
     if slope is not None:
         logits.mul_(slope)
 
 
-def _inside(local: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a block of `width` columns, and (N, 1) safe indices."""
-    return (local >= 0) & (local < width), local.clamp(0, width - 1)[:, None]
+def _slope(logits: Tensor, setting: Setting) -> Tensor | float | None:
+    """d logit / d raw logit through softcap and scale."""
+    if setting.softcap is None:
+        return setting.scale if setting.scale != 1.0 else None
+    capped = logits / (setting.softcap * setting.scale)
+    return capped.square_().neg_().add_(1).mul_(setting.scale)

@@ -26,10 +26,24 @@ def jsd(p: Tensor, q: Tensor, beta: float, alpha: float) -> Tensor:
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
+def alpha_beta(p: Tensor, q: Tensor, beta: float, alpha: float) -> Tensor:
+    both = alpha + beta
+
+    def power(x: Tensor, exponent: float) -> Tensor:  # a gradient that is not NaN at 0
+        there = x > 0
+        return torch.where(there, torch.where(there, x, 1.0) ** exponent, 0.0)
+
+    cross = power(p, alpha) * power(q, beta)
+    terms = cross - alpha / both * power(p, both) - beta / both * power(q, both)
+    return -terms.sum(-1) / (alpha * beta)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": lambda p, q, beta, alpha: kl(p, q),
     "reverse_kl": lambda p, q, beta, alpha: kl(q, p),
+    "jeffreys": lambda p, q, beta, alpha: beta * kl(p, q) + (1 - beta) * kl(q, p),
     "jsd": jsd,
+    "alpha_beta": alpha_beta,
     "skew_forward_kl": lambda p, q, beta, alpha: kl(p, alpha * p + (1 - alpha) * q),
     "skew_reverse_kl": lambda p, q, beta, alpha: kl(q, (1 - alpha) * p + alpha * q),
     "total_variation": lambda p, q, beta, alpha: (p - q).abs().sum(-1) / 2,

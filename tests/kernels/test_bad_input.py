@@ -90,7 +90,7 @@ DISTILL = [
     ({"token_weight": torch.full((N,), torch.nan)}, ValueError, "got nan at row 0"),
     ({"backend": "triton"}, ValueError, "backend must be 'auto' or 'torch' in this release"),
     ({"backend": "tritan"}, ValueError, "did you mean 'triton'?"),
-    ({"memory_budget": 100}, ValueError, "memory_budget must be at least 1,280 bytes"),
+    ({"memory_budget": 100}, ValueError, "memory_budget must be at least"),
     ({"memory_budget": 1e9}, TypeError, "memory_budget must be a number of bytes, got 1000000000"),
 ]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dudi_kernels import DIVERGENCES
+from dudi_kernels.divergences import Helpers
 
 BETA, ALPHA = 0.3, 0.2
 
@@ -20,13 +21,24 @@ def test_the_oracle_knows_each_divergence():
     assert set(DIVERGENCES) == set(oracle.DIVERGENCES)
 
 
+def terms(name, p, lp, q, lq):
+    """(phi, g) with what the divergence wants beside the probabilities."""
+    measure = DIVERGENCES[name].measure(BETA, ALPHA)
+    a, b = measure.a, measure.b
+    x = y = z = None
+    if measure.helpers is Helpers.MIXTURE:
+        x = a * p + (1 - a) * q
+        y = x.log()
+    elif measure.helpers is Helpers.POWERS:
+        x, y, z = p**a * q**b, p ** (a + b), q ** (a + b)
+    return measure.terms(p, lp, q, lq, x, y, z, a, b)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_g_is_the_derivative_of_phi_by_log_q(name):
     p, lq = _probabilities(1), _probabilities(2).log().requires_grad_()
     q = lq.exp()
-    share = DIVERGENCES[name].teacher_share(BETA, ALPHA)
-    m = None if share is None else share * p + (1 - share) * q
-    phi, g = DIVERGENCES[name](p, p.log(), q, lq, m, None if m is None else m.log(), share)
+    phi, g = terms(name, p, p.log(), q, lq)
     (want,) = torch.autograd.grad(phi.sum(), lq)
     torch.testing.assert_close(g, want)
     torch.testing.assert_close(phi.sum(-1), oracle.DIVERGENCES[name](p, q, BETA, ALPHA))
@@ -35,15 +47,8 @@ def test_g_is_the_derivative_of_phi_by_log_q(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences_are_zero_only_between_equals(name):
     p, q = _probabilities(1), _probabilities(2)
-    share = DIVERGENCES[name].teacher_share(BETA, ALPHA)
-
-    def value(a, b):
-        m = None if share is None else share * a + (1 - share) * b
-        lm = None if m is None else m.log()
-        return DIVERGENCES[name](a, a.log(), b, b.log(), m, lm, share)[0].sum(-1)
-
-    assert value(p, p).abs().max() < 1e-12
-    assert value(p, q).min() > 1e-3
+    assert terms(name, p, p.log(), p, p.log())[0].sum(-1).abs().max() < 1e-12
+    assert terms(name, p, p.log(), q, q.log())[0].sum(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -51,10 +56,12 @@ def test_divergences_are_zero_only_between_equals(name):
     [
         ("forward_kl", (True, False), (False, False)),
         ("reverse_kl", (False, False), (True, True)),
+        ("jeffreys", (True, False), (True, True)),
         ("jsd", (False, False), (False, False)),
         ("skew_forward_kl", (False, False), (False, False)),
         ("skew_reverse_kl", (False, False), (False, False)),
         ("total_variation", (False, False), (False, False)),
+        ("alpha_beta", (False, False), (False, False)),
     ],
 )
 def test_poles(name, student_masks, teacher_masks):

@@ -16,6 +16,7 @@ from dudi_kernels import (
     linear_dudi_loss,
     linear_log_prob,
 )
+from dudi_kernels.backends import native
 from dudi_kernels.plan import plan_block, plan_retain
 
 ROWS, VOCAB, WIDTH = 512, 16_384, 24
@@ -92,14 +93,15 @@ def test_the_budget_holds(name, dtype, problem, backend):
     used = measure(lambda: loss().backward())
     gradients = HEAD * 2 if dtype == torch.bfloat16 else HEAD  # fp32, then in its own dtype
     assert used.peak <= BUDGET * 1.1 + gradients + SLACK
-    assert used.largest < DENSE / 8
+    assert used.largest < DENSE / 5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_head_has_no_gradient_buffer(name, problem, backend):
     student, teacher, targets, segments = problem
-    least = 18 * VOCAB * 4  # so small that the head's gradient would be the largest allocation
+    rows = 18 if native.library() is None else 5  # temporaries, and both sides' logits
+    least = rows * VOCAB * 4  # so small that the head's gradient would be the largest allocation
     loss = losses(student, teacher, targets, segments, least, backend)[name]
     trained = measure(lambda: loss().backward())
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_the_measurement_sees_dense_logits(problem):
 
 def test_plans():
     plan = plan_retain(VOCAB, (WIDTH, 40), False, BUDGET)
-    assert 8 < plan.chunk_rows < ROWS and 1 <= plan.tile_rows < plan.chunk_rows
+    assert 4 < plan.chunk_rows < ROWS and 1 <= plan.tile_rows <= plan.chunk_rows
     assert plan_retain(262_144, (640, 640), False, 2**28).chunk_rows > 64
     elsewhere = plan_retain(262_144, (640, 640), False, 2**28, cached=False)
     assert elsewhere.chunk_rows > 64 and elsewhere.tile_rows == 8  # fewer launches
@@ -134,6 +136,6 @@ def test_plans():
     assert plan_retain(VOCAB, (WIDTH, 40), True, least) == (1, 1, 1)
     with pytest.raises(ValueError, match=f"got {least - 1:,}"):
         plan_retain(VOCAB, (WIDTH, 40), True, least - 1)
-    assert plan_block(100_000, WIDTH, False, 2**26) < 4096
+    assert plan_block(100_000, (WIDTH,), False, 2**26)[0] < 4096
     with pytest.raises(ValueError, match="memory_budget must be at least"):
-        plan_block(100_000, WIDTH, False, 2**10)
+        plan_block(100_000, (WIDTH,), False, 2**10)

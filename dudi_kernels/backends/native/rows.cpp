@@ -1,0 +1,302 @@
+// The element-wise part of a fused loss on a CPU: logits of a tile in, statistics, sums and (in
+// place) the gradient of the raw logits out, one row after the other, with no temporary.
+//
+// A row is walked in segments that fit the first cache; fp32 partial sums of a segment are added up
+// in double. The caller splits rows over threads: a row's result never depends on the split.
+// divergences.h is generated from dudi_kernels/divergences.py (generate.py).
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr float FLOOR = -1e38f;  // stands for log 0, as in divergences.py
+constexpr float TINY = 2e-38f;
+constexpr int64_t SEGMENT = 2048;
+
+template <class To, class From>
+inline To bits(From value) {
+  To result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+// e^x within 2 units in the last place; 0 below the least normal number; NaN stays NaN.
+INLINE float exp_(float x) {
+  float y = x < -87.3f ? -87.3f : x;
+  y = y > 88.7f ? 88.7f : y;
+  const float shifted = y * 1.44269504f + 12582912.f;  // the integer part, in the low bits
+  const float n = shifted - 12582912.f;
+  float r = y - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const int32_t power = (bits<int32_t>(shifted) - 0x4B400000 + 127) << 23;
+  const float result = p * bits<float>(power);
+  return x < -87.3f ? 0.f : result;
+}
+
+// log x of a positive normal x; NaN stays NaN.
+INLINE float log_(float x) {
+  const int32_t raw = bits<int32_t>(x) - 0x3F3504F3;  // mantissa in [sqrt(1/2), sqrt(2))
+  const float e = static_cast<float>(raw >> 23);
+  const float f = bits<float>((raw & 0x007FFFFF) + 0x3F3504F3) - 1.f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float square = f * f;
+  float tail = p * f * square - 2.12194440e-4f * e - 0.5f * square;
+  return f + tail + 0.693359375f * e + (x - x);
+}
+
+INLINE float floored(float x) { return x < FLOOR ? FLOOR : x; }
+
+#include "divergences.h"
+
+struct None {  // no divergence: log-probabilities and entropy alone
+  static constexpr bool taught = false;
+  static constexpr int helpers = 0;
+  static INLINE void terms(float, float, float, float, float, float, float, float, float,
+                           float& phi, float& g) {
+    phi = g = 0.f;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Mirrored field by field in __init__.py.
+struct Tile {
+  float* student;        // (rows, columns) logits; the gradient of the raw ones where asked for
+  const float* teacher;  // or null
+  int64_t student_stride, teacher_stride, columns, first_column;
+  const int64_t* targets;  // or null
+  double *log_sum, *tempered_log_sum, *teacher_log_sum, *teacher_tempered_log_sum;
+  float *target, *teacher_target;  // logits
+  float *divergence, *g_sum, *entropy, *teacher_entropy;
+  int32_t* poles;
+  const float *weight, *coefficient, *entropy_weight;  // the latter two may be null
+  float inv_tau, teacher_inv_tau, a, b, softcap, scale;
+  int32_t measure, masked, smooth_mask, statistics, teacher_statistics, sums, gradient;
+};
+
+}  // extern "C"
+
+namespace {
+
+double logaddexp(double a, double b) {
+  const double top = a > b ? a : b;
+  if (std::isinf(top)) return top + (a - a) * 0 + (b != b ? b : 0);
+  return top + std::log(std::exp(a - top) + std::exp(b - top));
+}
+
+// log-sum-exp of a row's logits, and at another temperature, on top of what there was.
+void statistics(const float* x, int64_t n, float inv_tau, double& one, double& other) {
+  for (int64_t start = 0; start < n; start += SEGMENT) {
+    const int64_t stop = start + SEGMENT < n ? start + SEGMENT : n;
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = start; i < stop; ++i) top = x[i] > top ? x[i] : top;
+    if (top == -INFINITY) {  // all masked, or NaN
+      float probe = 0.f;
+      for (int64_t i = start; i < stop; ++i) probe += x[i] != x[i] ? x[i] : 0.f;
+      one += probe;
+      other += probe;
+      continue;
+    }
+    float sum = 0.f, sum_tempered = 0.f;
+    if (inv_tau == 1.f) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = start; i < stop; ++i) sum += exp_(x[i] - top);
+      sum_tempered = sum;
+    } else {
+#pragma omp simd reduction(+ : sum, sum_tempered)
+      for (int64_t i = start; i < stop; ++i) {
+        sum += exp_(x[i] - top);
+        sum_tempered += exp_((x[i] - top) * inv_tau);
+      }
+    }
+    one = logaddexp(one, top + std::log(static_cast<double>(sum)));
+    other = logaddexp(other, static_cast<double>(top) * inv_tau +
+                                 std::log(static_cast<double>(sum_tempered)));
+  }
+}
+
+// A log-sum-exp in two floats: taken off one after the other, a log-probability is as exact as its
+// logit, however large that is.
+struct Sum {
+  float high, low;
+  explicit Sum(double value)
+      : high(static_cast<float>(value)),
+        low(std::isinf(high) ? 0.f : static_cast<float>(value - high)) {}
+  INLINE float off(float x) const { return floored((x - high) - low); }
+};
+
+// What the passes over a row read.
+struct Row {
+  Sum log_sum, tempered, teacher_log_sum, teacher_tempered;
+  float inv_tau, teacher_inv_tau, a, b;
+};
+
+template <class M, bool TEMPERED>
+INLINE void terms_at(float s, float t, const Row& row, float& lq1, float& q1, float& lp1, float& p1,
+                     float& q, float& lq, float& p, float& lp, float& phi, float& g) {
+  lq1 = row.log_sum.off(s);
+  q1 = exp_(lq1);
+  phi = g = q = lq = p = lp = p1 = lp1 = 0.f;
+  if constexpr (M::taught) {
+    lp1 = row.teacher_log_sum.off(t);
+    p1 = exp_(lp1);
+    if constexpr (TEMPERED) {
+      lq = row.tempered.off(s * row.inv_tau);
+      lp = row.teacher_tempered.off(t * row.teacher_inv_tau);
+      q = exp_(lq);
+      p = exp_(lp);
+    } else {
+      lq = lq1, lp = lp1, q = q1, p = p1;
+    }
+    float x = 0.f, y = 0.f, z = 0.f;
+    if constexpr (M::helpers == 1) {
+      x = row.a * p + (1.f - row.a) * q;
+      x = x < TINY ? TINY : x;
+      y = log_(x);
+    } else if constexpr (M::helpers == 2) {
+      x = exp_(row.a * lp + row.b * lq);
+      y = exp_((row.a + row.b) * lp);
+      z = exp_((row.a + row.b) * lq);
+    }
+    M::terms(p, lp, q, lq, x, y, z, row.a, row.b, phi, g);
+  }
+}
+
+template <class M, bool TEMPERED>
+void sums(const float* s, const float* t, int64_t n, const Row& row, const Tile& tile, int64_t r) {
+  double divergence = 0, g_sum = 0, entropy = 0, teacher_entropy = 0;
+  for (int64_t start = 0; start < n; start += SEGMENT) {
+    const int64_t stop = start + SEGMENT < n ? start + SEGMENT : n;
+    float d = 0.f, gs = 0.f, h = 0.f, th = 0.f;
+#pragma omp simd reduction(+ : d, gs, h, th)
+    for (int64_t i = start; i < stop; ++i) {
+      float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
+      terms_at<M, TEMPERED>(s[i], M::taught ? t[i] : 0.f, row, lq1, q1, lp1, p1, q, lq, p, lp, phi,
+                            g);
+      d += phi;
+      gs += g;
+      h -= q1 * lq1;
+      th -= p1 * lp1;
+    }
+    divergence += d, g_sum += gs, entropy += h, teacher_entropy += th;
+  }
+  tile.entropy[r] += static_cast<float>(entropy);
+  if constexpr (M::taught) {
+    tile.divergence[r] += static_cast<float>(divergence);
+    tile.g_sum[r] += static_cast<float>(g_sum);
+    tile.teacher_entropy[r] += static_cast<float>(teacher_entropy);
+    if (tile.masked) {  // where one side masks a token that the other gives mass
+      int32_t poles = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
+        terms_at<M, TEMPERED>(s[i], t[i], row, lq1, q1, lp1, p1, q, lq, p, lp, phi, g);
+        poles |= (lq <= FLOOR && p > 0.f ? 1 : 0) | (lp <= FLOOR && q > 0.f ? 2 : 0);
+      }
+      tile.poles[r] |= poles;
+    }
+  }
+}
+
+// w (g - q sum g) + c (onehot - q1) - e q1 (log q1 + H), through softcap and scale.
+template <class M, bool TEMPERED>
+void gradient(float* s, const float* t, int64_t n, const Row& row, const Tile& tile, int64_t r) {
+  const bool smooth = !(tile.poles[r] & tile.smooth_mask);
+  const float w = smooth ? tile.weight[r] * tile.inv_tau : 0.f;
+  const float c = tile.coefficient ? tile.coefficient[r] : 0.f;
+  const float e = tile.entropy_weight ? tile.entropy_weight[r] : 0.f;
+  const float g_sum = M::taught && smooth ? tile.g_sum[r] : 0.f;  // no 0 * inf
+  const float entropy = tile.entropy[r];
+  const float capped = tile.softcap > 0.f ? 1.f / (tile.softcap * tile.scale) : 0.f;
+  const int64_t local = tile.targets ? tile.targets[r] - tile.first_column : -1;
+  const bool inside = local >= 0 && local < n;
+  const float at_target = inside && capped > 0.f ? s[local] * capped : 0.f;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
+    const float u = capped > 0.f ? s[i] * capped : 0.f;  // no -inf * 0
+    terms_at<M, TEMPERED>(s[i], M::taught ? t[i] : 0.f, row, lq1, q1, lp1, p1, q, lq, p, lp, phi,
+                          g);
+    float v = -q1 * (c + e * (lq1 + entropy));
+    if constexpr (M::taught) v += w * (g - q * g_sum);
+    s[i] = v * tile.scale * (1.f - u * u);
+  }
+  if (inside) s[local] += c * tile.scale * (1.f - at_target * at_target);
+}
+
+template <class M, bool TEMPERED>
+void walk(const Tile& tile, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    float* s = tile.student + r * tile.student_stride;
+    const float* t = tile.teacher ? tile.teacher + r * tile.teacher_stride : nullptr;
+    const int64_t n = tile.columns;
+    if (tile.statistics) statistics(s, n, tile.inv_tau, tile.log_sum[r], tile.tempered_log_sum[r]);
+    if (tile.teacher_statistics)
+      statistics(t, n, tile.teacher_inv_tau, tile.teacher_log_sum[r],
+                 tile.teacher_tempered_log_sum[r]);
+    const int64_t local = tile.targets ? tile.targets[r] - tile.first_column : -1;
+    if (local >= 0 && local < n) {
+      if (tile.statistics) tile.target[r] = s[local];
+      if (tile.teacher_statistics) tile.teacher_target[r] = t[local];
+    }
+    const Row row{Sum(tile.log_sum[r]),
+                  Sum(tile.tempered_log_sum[r]),
+                  Sum(tile.teacher_log_sum[r]),
+                  Sum(tile.teacher_tempered_log_sum[r]),
+                  tile.inv_tau,
+                  tile.teacher_inv_tau,
+                  tile.a,
+                  tile.b};
+    if (tile.sums) sums<M, TEMPERED>(s, t, n, row, tile, r);
+    if (tile.gradient) gradient<M, TEMPERED>(s, t, n, row, tile, r);
+  }
+}
+
+template <class M>
+void choose(const Tile& tile, int64_t begin, int64_t end) {
+  if (tile.inv_tau == 1.f && tile.teacher_inv_tau == 1.f)
+    walk<M, false>(tile, begin, end);
+  else
+    walk<M, true>(tile, begin, end);
+}
+
+}  // namespace
+
+extern "C" {
+
+void dudi_rows(const Tile* tile, int64_t begin, int64_t end) {
+  switch (tile->measure) {
+#define CASE(number, type) \
+  case number:             \
+    return choose<type>(*tile, begin, end);
+    DUDI_MEASURES(CASE)
+#undef CASE
+    default:
+      return choose<None>(*tile, begin, end);
+  }
+}
+
+const char* dudi_fingerprint() { return DUDI_FINGERPRINT; }
+
+}  // extern "C"

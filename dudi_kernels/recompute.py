@@ -1,0 +1,245 @@
+"""*recompute*: per-row values, all differentiable together, from vocabulary blocks.
+
+The forward pass streams blocks of columns for all rows and keeps their statistics; the backward
+pass makes the blocks again and writes each block of dW once, in its own dtype. Entropy and the two
+KLs add up over blocks by the chain rule, so they need one forward pass; other divergences need the
+log-sum-exps of whole rows first, and take two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dudi_kernels.autograd import first_order, no_autocast
+from dudi_kernels.divergences import Chain, Measure
+from dudi_kernels.head import LMHead
+from dudi_kernels.sweep import Side, chunks
+from dudi_kernels.tiles import (
+    STUDENT_POLE,
+    TEACHER_POLE,
+    RowState,
+    Setting,
+    Steps,
+    Tile,
+    infinite_mask,
+    may_mask,
+)
+
+
+class Job(NamedTuple):
+    """What a *recompute* pass computes."""
+
+    student: Side
+    teacher: Side | None
+    targets: Tensor | None  # (N,)
+    measure: Measure | None
+    entropy: bool  # whether it is wanted where there is no divergence
+    inv_tau: float
+    teacher_inv_tau: float
+    block: int  # columns
+    tile_rows: int
+    backend: ModuleType
+
+
+class _Pass:
+    """Streams the blocks of a job through one buffer for each side."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        head, rows = job.student.head, len(job.student.hidden)
+        size = rows * min(job.block, head.vocab_size)
+        new = partial(torch.empty, dtype=torch.float32, device=job.student.hidden.device)
+        self.buffers = new(size), new(size if job.teacher is not None else 0)
+        self.setting = Setting(
+            targets=job.targets,
+            inv_tau=job.inv_tau,
+            teacher_inv_tau=job.teacher_inv_tau,
+            softcap=head.softcap,
+            scale=head.scale,
+            masked=may_mask(head, job.teacher.head if job.teacher else None),
+            tile_rows=job.tile_rows,
+        )
+
+    def blocks(self) -> Iterator[tuple[Tile, LMHead]]:
+        """Tiles of fresh logits, and the student's head of those columns."""
+        job = self.job
+        for start, stop in chunks(0, job.student.head.vocab_size, job.block):
+            sides = [
+                None if side is None else self._logits(side, buffer, start, stop)
+                for side, buffer in zip((job.student, job.teacher), self.buffers, strict=True)
+            ]
+            student, teacher = sides
+            assert student is not None
+            yield Tile(student, teacher, 0, start, job.measure), part(job.student.head, start, stop)
+
+    def _logits(self, side: Side, buffer: Tensor, start: int, stop: int) -> Tensor:
+        rows = len(side.hidden)
+        out = buffer[: rows * (stop - start)].view(rows, stop - start)
+        return self.job.backend.project(side.hidden, part(side.head, start, stop), out)
+
+    def steps(self, state: RowState, tile: Tile, wanted: Steps) -> None:
+        self.job.backend.steps(self.setting, state, tile, wanted)
+
+
+def part(head: LMHead, start: int, stop: int) -> LMHead:
+    """Rows [start, stop) of a head."""
+    bias = None if head.bias is None else head.bias[start:stop]
+    return LMHead(head.weight[start:stop], bias, head.softcap, head.scale)
+
+
+def _forward(job: Job) -> RowState:
+    """The state of all rows: statistics, and the sums that are wanted."""
+    blocks, rows = _Pass(job), job.student.hidden
+    state = RowState.fresh(torch.zeros(len(rows), device=rows.device))
+    taught = job.teacher is not None
+    if job.measure is None and not job.entropy:
+        for tile, _ in blocks.blocks():
+            blocks.steps(state, tile, Steps(True, taught))
+    elif job.measure is None or job.measure.chain is not None:
+        _one_pass(blocks, state)
+    else:
+        for wanted in (Steps(True, taught), Steps(sums=True)):
+            for tile, _ in blocks.blocks():
+                blocks.steps(state, tile, wanted)
+    if job.measure is not None:
+        infinite = (state.poles & infinite_mask(job.measure)) != 0
+        state.divergence.masked_fill_(infinite, torch.inf)
+    return state
+
+
+# ---- one pass by the chain rule ------------------------------------------------------------------
+
+
+def _one_pass(blocks: _Pass, state: RowState) -> None:
+    """Statistics and sums of each block by itself, put together at the end."""
+    taught = blocks.job.teacher is not None
+    alone = []
+    for tile, _ in blocks.blocks():
+        own = RowState.fresh(state.weight)
+        blocks.steps(own, tile, Steps(True, taught, sums=True))
+        if blocks.job.targets is not None:
+            inside = _inside(blocks.job.targets, tile)
+            for name in ("target", "teacher_target"):
+                whole, local = getattr(state, name), getattr(own, name)
+                whole.copy_(torch.where(inside, local, whole))
+        state.poles |= own.poles
+        alone.append(own)
+    if not alone:
+        return
+
+    def stack(name: str) -> Tensor:  # (blocks, N)
+        return torch.stack([getattr(own, name) for own in alone])
+
+    for name in ("log_sum", "tempered_log_sum", "teacher_log_sum", "teacher_tempered_log_sum"):
+        getattr(state, name).copy_(torch.logsumexp(stack(name), 0))
+    state.entropy.copy_(_whole_entropy(stack("entropy"), stack("log_sum"), state.log_sum))
+    if blocks.job.measure is None:
+        return
+    teacher_entropy = _whole_entropy(
+        stack("teacher_entropy"), stack("teacher_log_sum"), state.teacher_log_sum
+    )
+    state.teacher_entropy.copy_(teacher_entropy)
+    chain = blocks.job.measure.chain
+    assert chain is not None
+    student = stack("tempered_log_sum") - state.tempered_log_sum
+    teacher = stack("teacher_tempered_log_sum") - state.teacher_tempered_log_sum
+    state.divergence.copy_(_whole_kl(stack("divergence"), teacher, student, chain))
+    state.g_sum.copy_(chain.offset + chain.slope * state.divergence)
+    for pole, masked, other in (
+        (STUDENT_POLE, student, teacher),
+        (TEACHER_POLE, teacher, student),
+    ):
+        hit = ((masked == -torch.inf) & (other > -torch.inf)).any(0)
+        state.poles |= hit.int() * pole
+
+
+def _inside(targets: Tensor, tile: Tile) -> Tensor:
+    local = targets - tile.first_column
+    return (local >= 0) & (local < tile.student.shape[1])
+
+
+def _whole_entropy(entropies: Tensor, log_sums: Tensor, log_sum: Tensor) -> Tensor:
+    """H = sum_b w_b (H_b - log w_b)."""
+    log_weight = log_sums - log_sum
+    own = log_weight.exp() * (entropies - log_weight)
+    return torch.where(log_weight == -torch.inf, 0, own).sum(0)
+
+
+def _whole_kl(values: Tensor, teacher: Tensor, student: Tensor, chain: Chain) -> Tensor:
+    """D = sum_b w_b (D_b + log w_b - log v_b); a block that one side masks whole has no D_b."""
+    first, second = (teacher, student) if chain.teacher_first else (student, teacher)
+    values = torch.where(second == -torch.inf, 0, values)
+    own = first.exp() * (values + first - second)
+    return torch.where(first == -torch.inf, 0, own).sum(0)
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+class RowWise(torch.autograd.Function):
+    """(divergence, log_prob, entropy, teacher_entropy) of each row; the last is not differentiable.
+
+    Without a teacher or targets the values that need them are zeros.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job
+    ) -> tuple[Tensor, ...]:
+        with no_autocast(hidden.device):
+            state = _forward(job)
+        teacher: tuple[Tensor | None, ...] = ()
+        if job.teacher is not None:
+            head = job.teacher.head
+            teacher = (job.teacher.hidden, head.weight, head.bias)
+        ctx.save_for_backward(hidden, weight, bias, *teacher)  # a change in between is an error
+        ctx.job, ctx.state = job, state
+        ctx.mark_non_differentiable(state.teacher_entropy)
+        ctx.set_materialize_grads(False)
+        log_prob = state.log_prob if job.targets is not None else torch.zeros_like(state.log_sum)
+        return state.divergence, log_prob, state.entropy, state.teacher_entropy
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, *_ = ctx.saved_tensors
+        job, state = ctx.job, ctx.state
+        divergence, log_prob, entropy = (
+            None if g is None else g.float().contiguous() for g in grads[:3]
+        )
+        state.weight = torch.zeros_like(state.log_sum) if divergence is None else divergence
+        state.coefficient, state.entropy_weight = log_prob, entropy
+        if divergence is None:
+            job = job._replace(measure=None, teacher=None)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
+        grad_hidden = zeros(hidden.shape) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias else None
+        with no_autocast(hidden.device):
+            blocks = _Pass(job)
+            for tile, head in blocks.blocks():
+                blocks.steps(state, tile, Steps(gradient=True))
+                columns = slice(tile.first_column, tile.first_column + head.vocab_size)
+                own_weight = zeros(head.weight.shape) if need_weight else None
+                own_bias = zeros(head.vocab_size) if need_bias else None
+                job.backend.accumulate(
+                    tile.student,
+                    job.student.hidden,
+                    head.weight,
+                    grad_hidden,
+                    own_weight,
+                    own_bias,
+                )
+                for whole, own in ((grad_weight, own_weight), (grad_bias, own_bias)):
+                    if whole is not None and own is not None:
+                        whole[columns] = own
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None

@@ -1,0 +1,116 @@
+"""What a sweep asks of a backend: three steps over a tile of logits, and the state of its rows.
+
+*statistics*: log-sum-exps, on top of what earlier columns gave. *sums*: divergence, sum of g and
+entropies, added to what earlier columns gave; needs the log-sum-exps of whole rows. *gradient*: the
+logits become the gradient of the raw logits; needs the sums of whole rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dudi_kernels.divergences import Measure
+from dudi_kernels.head import LMHead
+
+STUDENT_POLE, TEACHER_POLE = 1, 2  # who masks a token that the other gives mass
+
+
+class Steps(NamedTuple):
+    statistics: bool = False
+    teacher_statistics: bool = False
+    sums: bool = False
+    gradient: bool = False
+
+
+class Tile(NamedTuple):
+    """Some rows and consecutive columns of both sides' logits."""
+
+    student: Tensor  # (R, B) fp32
+    teacher: Tensor | None  # (R, B) fp32
+    first_row: int
+    first_column: int
+    measure: Measure | None
+
+
+class Setting(NamedTuple):
+    """What is the same for every tile of a sweep."""
+
+    targets: Tensor | None  # (N,)
+    inv_tau: float
+    teacher_inv_tau: float
+    softcap: float | None  # the student's, and its scale: the gradient goes through them
+    scale: float
+    masked: bool  # whether a logit may be -inf
+    tile_rows: int  # for a backend that needs temporaries
+
+
+@dataclass
+class RowState:
+    """Per row (N,): statistics, sums, and the coefficients of the gradient; fp32 but for the
+    log-sum-exps, which are float64 where the device has it: the logits of a row can be large."""
+
+    log_sum: Tensor
+    tempered_log_sum: Tensor
+    teacher_log_sum: Tensor
+    teacher_tempered_log_sum: Tensor
+    target: Tensor  # logit
+    teacher_target: Tensor
+    divergence: Tensor
+    g_sum: Tensor
+    entropy: Tensor
+    teacher_entropy: Tensor
+    poles: Tensor  # int32 bits
+    weight: Tensor  # d loss / d divergence
+    coefficient: Tensor | None = None  # d loss / d log_prob
+    entropy_weight: Tensor | None = None  # d loss / d entropy
+
+    @classmethod
+    def fresh(cls, weight: Tensor) -> RowState:
+        """Before the first step."""
+        weight, new = weight.float().contiguous(), torch.zeros_like
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+
+        def log_sum() -> Tensor:
+            return torch.full_like(weight, -torch.inf, dtype=wide)
+
+        return cls(
+            log_sum=log_sum(),
+            tempered_log_sum=log_sum(),
+            teacher_log_sum=log_sum(),
+            teacher_tempered_log_sum=log_sum(),
+            target=new(weight),
+            teacher_target=new(weight),
+            divergence=new(weight),
+            g_sum=new(weight),
+            entropy=new(weight),
+            teacher_entropy=new(weight),
+            poles=new(weight, dtype=torch.int32),
+            weight=weight,
+        )
+
+    @property
+    def log_prob(self) -> Tensor:
+        return (self.target - self.log_sum).float()
+
+    @property
+    def teacher_log_prob(self) -> Tensor:
+        return (self.teacher_target - self.teacher_log_sum).float()
+
+
+def smooth_mask(measure: Measure) -> int:
+    """The poles at which the gradient does not exist."""
+    return STUDENT_POLE * measure.student_masks.g + TEACHER_POLE * measure.teacher_masks.g
+
+
+def infinite_mask(measure: Measure) -> int:
+    """The poles at which the divergence is infinite."""
+    return STUDENT_POLE * measure.student_masks.phi + TEACHER_POLE * measure.teacher_masks.phi
+
+
+def may_mask(*heads: LMHead | None) -> bool:
+    """Whether a logit may be -inf: a bias is where that comes from."""
+    return any(head is not None and head.bias is not None for head in heads)
