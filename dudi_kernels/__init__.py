@@ -7,7 +7,9 @@ function's docstring for the naive code that it replaces.
 
 from dudi_kernels.api import (
     DistillLoss,
+    DistillRows,
     linear_cross_entropy,
+    linear_distill,
     linear_distill_loss,
     linear_log_prob,
     sequence_log_prob,
@@ -19,10 +21,12 @@ from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 __all__ = [
     "DIVERGENCES",
     "DistillLoss",
+    "DistillRows",
     "Divergence",
     "DuDiLoss",
     "LMHead",
     "linear_cross_entropy",
+    "linear_distill",
     "linear_distill_loss",
     "linear_dudi_loss",
     "linear_log_prob",

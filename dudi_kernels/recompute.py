@@ -57,6 +57,7 @@ class _Pass:
         new = partial(torch.empty, dtype=torch.float32, device=job.student.hidden.device)
         self.buffers = new(size), new(size if job.teacher is not None else 0)
         self.setting = Setting(
+            vocabulary=head.vocab_size,
             targets=job.targets,
             inv_tau=job.inv_tau,
             teacher_inv_tau=job.teacher_inv_tau,
@@ -150,7 +151,9 @@ def _one_pass(blocks: _Pass, state: RowState) -> None:
     student = stack("tempered_log_sum") - state.tempered_log_sum
     teacher = stack("teacher_tempered_log_sum") - state.teacher_tempered_log_sum
     state.divergence.copy_(_whole_kl(stack("divergence"), teacher, student, chain))
-    state.g_sum.copy_(chain.offset + chain.slope * state.divergence)
+    state.g_sum.fill_(chain.offset)
+    if chain.slope:  # no 0 * inf
+        state.g_sum.add_(state.divergence, alpha=chain.slope)
     for pole, masked, other in (
         (STUDENT_POLE, student, teacher),
         (TEACHER_POLE, teacher, student),

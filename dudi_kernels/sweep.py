@@ -103,6 +103,7 @@ class _Sweep:
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = self._known_coefficients()
         self.setting = Setting(
+            vocabulary=head.vocab_size,
             targets=task.targets,
             inv_tau=task.inv_tau,
             teacher_inv_tau=task.teacher_inv_tau,
@@ -128,27 +129,33 @@ class _Sweep:
             if self.task.coefficients is None:
                 for chunk in group:
                     self._project(*chunk)
-                    self._finish(*chunk, statistics=True)
+                    self._steps(*chunk, statistics=True, sums=True, gradient=True)
+                    self._accumulate(*chunk)
             elif len(group) == 1:
-                self._project(*group[0])
-                self._statistics(*group[0])
-                self._set_coefficients(*group[0])
-                self._finish(*group[0], statistics=False)
+                self._short_group(*group[0])
             else:
                 self._long_group(group)
         return self._values()
 
+    def _short_group(self, start: int, stop: int) -> None:
+        """Its logits stay until its coefficients are known."""
+        self._project(start, stop)
+        self._steps(start, stop, statistics=True, sums=True)
+        self._set_coefficients(start, stop)
+        self._steps(start, stop, gradient=True)
+        self._accumulate(start, stop)
+
     def _long_group(self, group: Sequence[Chunk]) -> None:
-        """An extra sweep tells the log-probabilities first."""
+        """An extra sweep tells the log-probabilities first; of the teacher's only if needed."""
+        early = self.task.teacher_log_prob
         for chunk in group:
-            self._project(*chunk, all_taught=False)
-            self._statistics(*chunk, all_taught=False)
+            self._project(*chunk, teacher=early)
+            self._steps(*chunk, statistics=True, teacher=early)
         self._set_coefficients(group[0][0], group[-1][1])
         for chunk in group:
             self._project(*chunk)
-            if not self.task.teacher_log_prob:  # the first sweep left the teacher out
-                self._teacher_statistics(*chunk)
-            self._finish(*chunk, statistics=False)
+            self._steps(*chunk, late_teacher=not early, sums=True, gradient=True)
+            self._accumulate(*chunk)
 
     def _set_coefficients(self, start: int, stop: int) -> None:
         """What the sums of a group of rows add to their coefficients."""
@@ -187,44 +194,43 @@ class _Sweep:
 
     # ---- steps -----------------------------------------------------------------------------------
 
-    def _project(self, start: int, stop: int, all_taught: bool = True) -> None:
+    def _project(self, start: int, stop: int, teacher: bool = True) -> None:
         """Logits of a chunk; of the teacher only where they are read."""
         hidden, head = self.task.student
         self.backend.project(hidden[start:stop], head, self.student[: stop - start])
-        if self.task.teacher is None or not (all_taught or self.task.teacher_log_prob):
+        if self.task.teacher is None or not teacher:
             return
         assert self.teacher is not None
         hidden, head = self.task.teacher
         for a, b in self._taught(start, stop):
             self.backend.project(hidden[a:b], head, self.teacher[a - start : b - start])
 
-    def _steps(self, start: int, a: int, b: int, measure: Measure | None, steps: Steps) -> None:
-        """Steps over rows [a, b) of the chunk that begins at `start`."""
-        local = slice(a - start, b - start)
-        teacher = self.teacher[local] if self.teacher is not None else None
-        tile = Tile(self.student[local], teacher, a, 0, measure)
-        self.backend.steps(self.setting, self.state, tile, steps)
-
-    def _reads_teacher(self, measure: Measure | None) -> bool:
-        return measure is not None or self.task.teacher_log_prob
-
-    def _statistics(self, start: int, stop: int, all_taught: bool = True) -> None:
+    def _steps(
+        self,
+        start: int,
+        stop: int,
+        *,
+        statistics: bool = False,  # the student's, and the teacher's where they are read
+        teacher: bool = True,
+        late_teacher: bool = False,  # the teacher's alone
+        sums: bool = False,
+        gradient: bool = False,
+    ) -> None:
         for a, b, measure in self._runs(start, stop):
-            teacher = self._reads_teacher(measure if all_taught else None)
-            self._steps(start, a, b, measure, Steps(True, teacher))
+            local = slice(a - start, b - start)
+            logits = self.teacher[local] if self.teacher is not None else None
+            read = measure is not None or self.task.teacher_log_prob
+            wanted = Steps(
+                statistics=statistics,
+                teacher_statistics=read and (late_teacher or (statistics and teacher)),
+                sums=sums,
+                gradient=gradient and any(self.task.needs),
+            )
+            tile = Tile(self.student[local], logits, a, 0, measure)
+            self.backend.steps(self.setting, self.state, tile, wanted)
 
-    def _teacher_statistics(self, start: int, stop: int) -> None:
-        for a, b, measure in self._runs(start, stop):
-            if measure is not None:
-                self._steps(start, a, b, measure, Steps(teacher_statistics=True))
-
-    def _finish(self, start: int, stop: int, statistics: bool) -> None:
-        """Sums and gradient of a chunk, with the statistics where they are not known yet."""
-        wanted = any(self.task.needs)
-        for a, b, measure in self._runs(start, stop):
-            teacher = statistics and self._reads_teacher(measure)
-            self._steps(start, a, b, measure, Steps(statistics, teacher, True, wanted))
-        if not wanted:
+    def _accumulate(self, start: int, stop: int) -> None:
+        if not any(self.task.needs):
             return
         hidden, head = self.task.student
         rows, grads = slice(start, stop), self.grads

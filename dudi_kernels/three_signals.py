@@ -138,7 +138,8 @@ def linear_dudi_loss(
             unread then.
         segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of pair i, 2 i + 1
             is y-. Sequences may be missing as long as no preference is asked for.
-        temperature: of the divergences; log-probabilities and entropies are at 1.
+        temperature: of the divergences, or of the student's side of them where
+            `teacher_temperature` is given; log-probabilities and entropies are at 1.
         preference_length_power: 0 or 1, the a in r(y) = (log pi - log pi_ref) / |y|^a.
         reference_log_prob: (S,) nats under a frozen policy (a last y- without rows may be left
             out), "teacher" for the teacher's own at no extra forward, or None for no reference.

@@ -39,6 +39,7 @@ class Tile(NamedTuple):
 class Setting(NamedTuple):
     """What is the same for every tile of a sweep."""
 
+    vocabulary: int
     targets: Tensor | None  # (N,)
     inv_tau: float
     teacher_inv_tau: float

@@ -35,7 +35,13 @@ class _Tile(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("student", "teacher")),
         *(
             (name, ctypes.c_int64)
-            for name in ("student_stride", "teacher_stride", "columns", "first_column")
+            for name in (
+                "student_stride",
+                "teacher_stride",
+                "columns",
+                "first_column",
+                "vocabulary",
+            )
         ),
         *(
             (name, ctypes.c_void_p)
@@ -136,6 +142,7 @@ def _arguments(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> 
         teacher_stride=0 if teacher is None else teacher.stride(0),
         columns=tile.student.shape[1],
         first_column=tile.first_column,
+        vocabulary=setting.vocabulary,
         targets=at(setting.targets),
         **{name: at(values) for name, values in vars(state).items()},
         inv_tau=setting.inv_tau,

@@ -51,10 +51,16 @@ for _name, _sign in (("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"))
 for _name, _sign in (("lt", "<"), ("gt", ">"), ("le", "<="), ("ge", ">=")):
     setattr(Symbol, f"__{_name}__", _comparison(_sign))
 
+
+def _chain(chain: Any) -> int:
+    """0: none; 1: forward KL; 2: reverse KL."""
+    return 0 if chain is None else 1 if chain.teacher_first else 2
+
+
 STRUCT = """\
 struct {name} {{
   static constexpr bool taught = true;
-  static constexpr int helpers = {helpers};
+  static constexpr int helpers = {helpers}, chain = {chain};
   static INLINE void terms({parameters}, float& phi, float& g) {{
     phi = {phi};
     g = {g};
@@ -72,6 +78,7 @@ def header(divergences: ModuleType) -> str:
             STRUCT.format(
                 name=name,
                 helpers=divergence.helpers.value,
+                chain=_chain(divergence.chain),
                 parameters=", ".join(f"float {argument}" for argument in ARGUMENTS),
                 phi=_spelt(phi),
                 g=_spelt(g),

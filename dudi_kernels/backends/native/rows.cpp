@@ -24,10 +24,9 @@ inline To bits(From value) {
   return result;
 }
 
-// e^x within 2 units in the last place; 0 below the least normal number; NaN stays NaN.
+// e^x of x < 88, within 2 units in the last place; 0 below the least normal number; NaN stays NaN.
 INLINE float exp_(float x) {
-  float y = x < -87.3f ? -87.3f : x;
-  y = y > 88.7f ? 88.7f : y;
+  const float y = x < -87.3f ? -87.3f : x;
   const float shifted = y * 1.44269504f + 12582912.f;  // the integer part, in the low bits
   const float n = shifted - 12582912.f;
   float r = y - n * 0.693359375f;
@@ -69,7 +68,7 @@ INLINE float floored(float x) { return x < FLOOR ? FLOOR : x; }
 
 struct None {  // no divergence: log-probabilities and entropy alone
   static constexpr bool taught = false;
-  static constexpr int helpers = 0;
+  static constexpr int helpers = 0, chain = 1;
   static INLINE void terms(float, float, float, float, float, float, float, float, float,
                            float& phi, float& g) {
     phi = g = 0.f;
@@ -84,7 +83,7 @@ extern "C" {
 struct Tile {
   float* student;        // (rows, columns) logits; the gradient of the raw ones where asked for
   const float* teacher;  // or null
-  int64_t student_stride, teacher_stride, columns, first_column;
+  int64_t student_stride, teacher_stride, columns, first_column, vocabulary;
   const int64_t* targets;  // or null
   double *log_sum, *tempered_log_sum, *teacher_log_sum, *teacher_tempered_log_sum;
   float *target, *teacher_target;  // logits
@@ -134,6 +133,76 @@ void statistics(const float* x, int64_t n, float inv_tau, double& one, double& o
     one = logaddexp(one, top + std::log(static_cast<double>(sum)));
     other = logaddexp(other, static_cast<double>(top) * inv_tau +
                                  std::log(static_cast<double>(sum_tempered)));
+  }
+}
+
+// Sums of e^x and of e^x y over a row, relative to a running maximum of x.
+struct Moments {
+  double top = -INFINITY, total = 0, first = 0, second = 0;
+
+  void add(float segment_top, float z, float za, float zb) {
+    const double higher = segment_top > top ? segment_top : top;
+    const double old = top == -INFINITY ? 0. : std::exp(top - higher);
+    const double now = std::exp(segment_top - higher);
+    total = total * old + z * now;
+    first = first * old + za * now;
+    second = second * old + zb * now;
+    top = higher;
+  }
+  double log_sum() const { return top + std::log(total); }
+};
+
+inline float top_of(const float* x, int64_t start, int64_t stop) {
+  float top = -INFINITY, bad = 0.f;
+#pragma omp simd reduction(max : top) reduction(+ : bad)
+  for (int64_t i = start; i < stop; ++i) {
+    top = x[i] > top ? x[i] : top;
+    bad += x[i] - x[i];  // NaN where a logit is not finite
+  }
+  return top + bad;
+}
+
+// Statistics and sums of finite logits at temperature 1 in one walk: entropies and the two KLs are
+// means of logits and of their differences.
+template <class M>
+void one_walk(const float* s, const float* t, int64_t n, const Tile& tile, int64_t r) {
+  Moments student, teacher;
+  for (int64_t start = 0; start < n; start += SEGMENT) {
+    const int64_t stop = start + SEGMENT < n ? start + SEGMENT : n;
+    const float top = top_of(s, start, stop), other = M::taught ? top_of(t, start, stop) : 0.f;
+    float z = 0.f, zs = 0.f, zd = 0.f, v = 0.f, vt = 0.f, vd = 0.f;
+#pragma omp simd reduction(+ : z, zs, zd, v, vt, vd)
+    for (int64_t i = start; i < stop; ++i) {
+      const float a = s[i] - top, q = exp_(a);
+      z += q;
+      zs += q * a;
+      if constexpr (M::taught) {
+        const float b = t[i] - other, p = exp_(b), difference = s[i] - t[i];
+        v += p;
+        vt += p * b;
+        if constexpr (M::chain == 1) vd += p * difference;
+        if constexpr (M::chain == 2) zd += q * difference;
+      }
+    }
+    student.add(top, z, zs + z * top, zd);
+    if constexpr (M::taught) teacher.add(other, v, vt + v * other, vd);
+  }
+  const double lse = student.log_sum();
+  tile.log_sum[r] = tile.tempered_log_sum[r] = lse;
+  tile.entropy[r] = static_cast<float>(lse - student.first / student.total);
+  if constexpr (M::taught) {
+    const double other = teacher.log_sum();
+    tile.teacher_log_sum[r] = tile.teacher_tempered_log_sum[r] = other;
+    tile.teacher_entropy[r] = static_cast<float>(other - teacher.first / teacher.total);
+    double divergence;
+    if constexpr (M::chain == 1) {
+      divergence = lse - other - teacher.second / teacher.total;
+      tile.g_sum[r] = -1.f;
+    } else {
+      divergence = student.second / student.total + other - lse;
+      tile.g_sum[r] = static_cast<float>(1 + divergence);
+    }
+    tile.divergence[r] = static_cast<float>(divergence);
   }
 }
 
@@ -221,14 +290,16 @@ void sums(const float* s, const float* t, int64_t n, const Row& row, const Tile&
 
 // w (g - q sum g) + c (onehot - q1) - e q1 (log q1 + H), through softcap and scale.
 template <class M, bool TEMPERED>
-void gradient(float* s, const float* t, int64_t n, const Row& row, const Tile& tile, int64_t r) {
+void gradient(float* __restrict s, const float* __restrict t, int64_t n, const Row row,
+              const Tile& tile, int64_t r) {
   const bool smooth = !(tile.poles[r] & tile.smooth_mask);
   const float w = smooth ? tile.weight[r] * tile.inv_tau : 0.f;
   const float c = tile.coefficient ? tile.coefficient[r] : 0.f;
   const float e = tile.entropy_weight ? tile.entropy_weight[r] : 0.f;
   const float g_sum = M::taught && smooth ? tile.g_sum[r] : 0.f;  // no 0 * inf
   const float entropy = tile.entropy[r];
-  const float capped = tile.softcap > 0.f ? 1.f / (tile.softcap * tile.scale) : 0.f;
+  const float scale = tile.scale;  // a local: the loop writes floats
+  const float capped = tile.softcap > 0.f ? 1.f / (tile.softcap * scale) : 0.f;
   const int64_t local = tile.targets ? tile.targets[r] - tile.first_column : -1;
   const bool inside = local >= 0 && local < n;
   const float at_target = inside && capped > 0.f ? s[local] * capped : 0.f;
@@ -240,9 +311,9 @@ void gradient(float* s, const float* t, int64_t n, const Row& row, const Tile& t
                           g);
     float v = -q1 * (c + e * (lq1 + entropy));
     if constexpr (M::taught) v += w * (g - q * g_sum);
-    s[i] = v * tile.scale * (1.f - u * u);
+    s[i] = v * scale * (1.f - u * u);
   }
-  if (inside) s[local] += c * tile.scale * (1.f - at_target * at_target);
+  if (inside) s[local] += c * scale * (1.f - at_target * at_target);
 }
 
 template <class M, bool TEMPERED>
@@ -251,8 +322,16 @@ void walk(const Tile& tile, int64_t begin, int64_t end) {
     float* s = tile.student + r * tile.student_stride;
     const float* t = tile.teacher ? tile.teacher + r * tile.teacher_stride : nullptr;
     const int64_t n = tile.columns;
-    if (tile.statistics) statistics(s, n, tile.inv_tau, tile.log_sum[r], tile.tempered_log_sum[r]);
-    if (tile.teacher_statistics)
+    const bool whole = n == tile.vocabulary;  // nothing to add to
+    bool done = false;
+    if constexpr (M::chain != 0 && !TEMPERED) {
+      done = whole && !tile.masked && tile.statistics && tile.sums &&
+             (tile.teacher_statistics || !M::taught);
+      if (done) one_walk<M>(s, t, n, tile, r);
+    }
+    if (tile.statistics && !done)
+      statistics(s, n, tile.inv_tau, tile.log_sum[r], tile.tempered_log_sum[r]);
+    if (tile.teacher_statistics && !(done && M::taught))
       statistics(t, n, tile.teacher_inv_tau, tile.teacher_log_sum[r],
                  tile.teacher_tempered_log_sum[r]);
     const int64_t local = tile.targets ? tile.targets[r] - tile.first_column : -1;
@@ -268,7 +347,7 @@ void walk(const Tile& tile, int64_t begin, int64_t end) {
                   tile.teacher_inv_tau,
                   tile.a,
                   tile.b};
-    if (tile.sums) sums<M, TEMPERED>(s, t, n, row, tile, r);
+    if (tile.sums && !done) sums<M, TEMPERED>(s, t, n, row, tile, r);
     if (tile.gradient) gradient<M, TEMPERED>(s, t, n, row, tile, r);
   }
 }
