@@ -14,6 +14,7 @@ from dudi_kernels.api import (
     linear_log_prob,
     sequence_log_prob,
 )
+from dudi_kernels.cost import MemoryPlan, plan_memory
 from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
@@ -25,10 +26,12 @@ __all__ = [
     "Divergence",
     "DuDiLoss",
     "LMHead",
+    "MemoryPlan",
     "linear_cross_entropy",
     "linear_distill",
     "linear_distill_loss",
     "linear_dudi_loss",
     "linear_log_prob",
+    "plan_memory",
     "sequence_log_prob",
 ]

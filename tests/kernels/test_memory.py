@@ -12,9 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from dudi_kernels import (
     linear_cross_entropy,
+    linear_distill,
     linear_distill_loss,
     linear_dudi_loss,
     linear_log_prob,
+    plan_memory,
 )
 from dudi_kernels.backends import native
 from dudi_kernels.plan import plan_block, plan_retain
@@ -139,3 +141,41 @@ def test_plans():
     assert plan_block(100_000, (WIDTH,), False, 2**26)[0] < 4096
     with pytest.raises(ValueError, match="memory_budget must be at least"):
         plan_block(100_000, (WIDTH,), False, 2**10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(512, 16_384, 24, 40), (128, 50_000, 64, 64)], ids=str)
+@pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
+@pytest.mark.parametrize("budget", [9_000_000, 30_000_000])
+def test_plan_memory_tells_what_is_measured(budget, per_row, shape, dtype):
+    rows, vocab, width, teacher_width = shape
+    student = make_side(rows, vocab, width, dtype)
+    teacher = make_side(rows, vocab, teacher_width, dtype, seed=9)
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+    settings = {"divergence": "jsd", "memory_budget": budget}
+
+    def run():
+        if per_row:
+            linear_distill(*sides, **settings).divergence.sum().backward()
+        else:
+            linear_distill_loss(*sides, **settings).loss.backward()
+
+    used = measure(run)
+    plan = plan_memory(*shape, per_row=per_row, dtype=dtype, **settings)
+    assert plan.strategy == ("recompute" if per_row else "retain")
+    assert plan.workspace <= budget * 1.01
+    assert used.peak <= plan.peak * 1.1
+    if native.library() is not None:
+        assert used.peak >= plan.peak * 0.9
+
+
+def test_plan_memory_counts_the_gemms():
+    one = 2 * 512 * 150_000 * 896
+    teacher = 2 * 512 * 150_000 * 2048
+    assert plan_memory(512, 150_000, 896, 2048).flops == 3 * one + teacher
+    assert plan_memory(512, 150_000, 896, 2048, per_row=True).flops == 4 * one + 2 * teacher
+    assert plan_memory(512, 150_000, 896, train_weight=False).flops == 2 * one
+    frozen = plan_memory(512, 150_000, 896, train_weight=False)
+    assert frozen.gradients == 512 * 896 * 4
+    with pytest.raises(ValueError, match="vocab_size must be"):
+        plan_memory(512, 0, 896)

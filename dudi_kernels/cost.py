@@ -1,0 +1,155 @@
+"""plan_memory: what a fused loss will cost, from shapes alone, before anything runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dudi_kernels import checks
+from dudi_kernels.plan import BLOCK, DEFAULT_BUDGET, FP32, TEMPORARIES, plan_block, plan_retain
+from dudi_kernels.prepare import pick_backend
+
+
+class MemoryPlan(NamedTuple):
+    """A fused loss, forward and backward."""
+
+    strategy: str  # "retain" or "recompute"
+    chunk_rows: int  # rows at a time
+    block_columns: int  # columns at a time
+    flops: int  # of the GEMMs
+    bytes_moved: int  # heads, gradients and logits, once for each pass that reads or writes them
+    workspace: int  # bytes beyond inputs, gradients, results and O(N) vectors
+    gradients: int  # bytes of the fp32 sums
+    peak: int  # bytes beyond inputs, results and O(N) vectors
+
+
+def plan_memory(
+    rows: int,  # N
+    vocab_size: int,  # V
+    width: int,  # D
+    teacher_width: int | None = None,  # E; None: no teacher
+    *,
+    per_row: bool = False,
+    divergence: str = "forward_kl",
+    dtype: torch.dtype = torch.float32,
+    train_hidden: bool = True,
+    train_weight: bool = True,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+    memory_budget: int = DEFAULT_BUDGET,
+) -> MemoryPlan:
+    """FLOPs, bytes moved, workspace and gradient bytes of a fused loss.
+
+    Args:
+        per_row: of `linear_distill`, `linear_log_prob` and the like (strategy *recompute*), rather
+            than of a scalar loss (*retain*).
+        dtype: of hidden states and weights; half precision is converted block by block on a CPU.
+        train_hidden, train_weight: which gradients are wanted.
+
+    Returns:
+        `MemoryPlan`, in FLOPs and bytes. With compiled steps `peak` is what is measured, within
+        10 %; without them it is an upper bound.
+
+    Raises:
+        ValueError: a budget that does not hold one row or column; it says the least that works.
+    """
+    for name, value in (("rows", rows), ("vocab_size", vocab_size), ("width", width)):
+        checks.number(name, value, 0 if name == "rows" else 1, float("inf"))
+    checks.budget(memory_budget)
+    measure = checks.divergence("divergence", divergence, 0.5, 0.5)
+    widths = (width,) if teacher_width is None else (width, teacher_width)
+    place = torch.device(device)
+    settings = {
+        "cached": place.type == "cpu",
+        "temporaries": pick_backend(backend).needs_temporaries(place, [measure]),
+    }
+    convert = dtype != torch.float32
+    call = _Call(rows, vocab_size, widths, dtype.itemsize, convert, train_hidden, train_weight)
+    if per_row:
+        block, tile_rows = plan_block(rows, widths, convert, memory_budget, **settings)
+        chained = teacher_width is None or measure.chain is not None
+        return _recompute(call, block, tile_rows * settings["temporaries"], 1 if chained else 2)
+    plan = plan_retain(vocab_size, widths, convert, memory_budget, **settings)
+    return _retain(call, min(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
+
+
+class _Call(NamedTuple):
+    rows: int
+    vocab_size: int
+    widths: tuple[int, ...]
+    item_size: int
+    convert: bool
+    train_hidden: bool
+    train_weight: bool
+
+    @property
+    def gradient_flops(self) -> int:
+        one = 2 * self.rows * self.vocab_size * self.widths[0]
+        return one * (self.train_hidden + self.train_weight)
+
+    @property
+    def projection_flops(self) -> int:
+        return 2 * self.rows * self.vocab_size * sum(self.widths)
+
+    @property
+    def head_bytes(self) -> int:
+        return self.vocab_size * sum(self.widths) * self.item_size
+
+    @property
+    def logit_bytes(self) -> int:
+        return self.rows * self.vocab_size * FP32
+
+    def converted(self, columns: int) -> int:
+        """One block of a head in fp32."""
+        return min(BLOCK, columns) * max(self.widths) * FP32 if self.convert else 0
+
+    @property
+    def hidden_gradient(self) -> int:
+        return self.rows * self.widths[0] * FP32 * self.train_hidden
+
+    @property
+    def weight_elements(self) -> int:
+        return self.vocab_size * self.widths[0] * self.train_weight
+
+
+def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
+    sides, trains = len(call.widths), call.train_hidden or call.train_weight
+    sweeps = -(-call.rows // max(chunk, 1))
+    sums = call.weight_elements * FP32
+    student_head = call.vocab_size * call.widths[0] * call.item_size
+    operands = call.head_bytes + student_head * call.train_hidden + 2 * sums
+    row = call.vocab_size * FP32
+    workspace = sides * chunk * row + tile_rows * TEMPORARIES * row
+    workspace += call.converted(call.vocab_size)
+    gradients = call.hidden_gradient + sums
+    rounded = call.weight_elements * call.item_size if call.convert else 0
+    return MemoryPlan(
+        "retain",
+        chunk,
+        call.vocab_size,
+        call.projection_flops + call.gradient_flops,
+        sweeps * operands + call.logit_bytes * (3 * sides + 3 * trains),
+        workspace,
+        gradients,
+        gradients + max(workspace, rounded),  # the buffers are gone when gradients are rounded
+    )
+
+
+def _recompute(call: _Call, block: int, tile_rows: int, forward_passes: int) -> MemoryPlan:
+    sides, trains = len(call.widths), call.train_hidden or call.train_weight
+    block = min(block, call.vocab_size)
+    passes = forward_passes + trains
+    workspace = (sides * call.rows + tile_rows * TEMPORARIES) * block * FP32
+    workspace += block * call.widths[0] * FP32 * call.train_weight + call.converted(block)
+    gradients = call.hidden_gradient + call.weight_elements * call.item_size
+    return MemoryPlan(
+        "recompute",
+        call.rows,
+        block,
+        call.projection_flops * passes + call.gradient_flops,
+        call.head_bytes * passes + call.logit_bytes * (2 * sides * passes + 3 * trains),
+        workspace,
+        gradients,
+        gradients + workspace,
+    )
