@@ -16,7 +16,7 @@ from dudi_kernels.api import (
 )
 from dudi_kernels.cost import MemoryPlan, plan_memory
 from dudi_kernels.divergences import DIVERGENCES, Divergence
-from dudi_kernels.head import LMHead
+from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Divergence",
     "DuDiLoss",
     "LMHead",
+    "LoRA",
     "MemoryPlan",
     "linear_cross_entropy",
     "linear_distill",

@@ -70,6 +70,14 @@ class Rows(NamedTuple):
     hidden: Tensor  # (N, D)
     head: LMHead
     shape: tuple[int, ...]  # what per-row results come back in
+    low: Tensor | None = None  # (N, r) scaling h A^T, where the head has a LoRA
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What gradients may be wanted for: of hidden states, weight, bias, low and B."""
+        head = self.head
+        b = None if head.lora is None else head.lora.b
+        return self.hidden, head.weight, head.bias, self.low, b
 
 
 def side(who: str, hidden: Tensor, head: Head) -> Rows:

@@ -31,13 +31,34 @@ LOOKS_LIKE_SHAPE = re.compile(
 )
 
 
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """A low-rank addition to a head, logits += scaling (h A^T) B^T; W + B A is never built."""
+
+    a: Tensor  # (r, D)
+    b: Tensor  # (V, r)
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            _check_tensor(f"lora.{name}", getattr(self, name))
+        if self.a.ndim != 2 or self.b.ndim != 2 or len(self.a) != self.b.shape[1]:
+            raise ValueError(
+                "lora must have a of shape (r, D) and b of shape (V, r), "
+                f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
+            )
+
+    def low(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., r)
+        return nn.functional.linear(hidden.to(self.a.dtype), self.a) * self.scaling
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LMHead:
     """A projection onto the vocabulary.
 
     Replaces::
 
-        logits = hidden @ weight.T + bias
+        logits = hidden @ weight.T + bias + lora.scaling * (hidden @ lora.a.T) @ lora.b.T
         logits = softcap * tanh(logits / softcap)
         logits = logits * scale
 
@@ -46,6 +67,7 @@ class LMHead:
         bias: (V,) or None; `-inf` entries mask tokens.
         softcap: the bound of a tanh on the logits (Gemma), or None.
         scale: a factor on the logits (Cohere; Granite divides, so 1 / logits_scaling).
+        lora: a low-rank adapter of the head (peft), or None; trained without building W + B A.
 
     Raises:
         TypeError: weight or bias is not a plain floating-point tensor (quantised and sharded heads
@@ -58,6 +80,7 @@ class LMHead:
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None
     scale: float = 1.0
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         _check_tensor("weight", self.weight)
@@ -73,10 +96,25 @@ class LMHead:
                 raise ValueError(
                     f"bias must be on {self.weight.device} as weight is, got {self.bias.device}"
                 )
+        self._check_lora()
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
         if self.scale == 0 or not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite and not 0, got {self.scale}")
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        got = (len(self.lora.b), self.lora.a.shape[1])
+        if got != (self.vocab_size, self.width):
+            raise ValueError(
+                f"lora must fit a head of shape ({self.vocab_size}, {self.width}), got {got}"
+            )
+        if not self.lora.a.device == self.lora.b.device == self.weight.device:
+            raise ValueError(
+                f"lora must be on {self.weight.device} as weight is, got {self.lora.a.device} and "
+                f"{self.lora.b.device}"
+            )
 
     def __repr__(self) -> str:
         bias = "no bias" if self.bias is None else "bias"
@@ -96,11 +134,30 @@ class LMHead:
     def detach(self) -> LMHead:
         """The same head without gradients."""
         bias = self.bias.detach() if self.bias is not None else None
-        return LMHead(self.weight.detach(), bias, self.softcap, self.scale)
+        lora = self.lora
+        if lora is not None:
+            lora = LoRA(lora.a.detach(), lora.b.detach(), lora.scaling)
+        return LMHead(self.weight.detach(), bias, self.softcap, self.scale, lora)
+
+    def part(self, start: int, stop: int) -> LMHead:
+        """Rows [start, stop) of the vocabulary."""
+        bias, lora = self.bias, self.lora
+        if bias is not None:
+            bias = bias[start:stop]
+        if lora is not None:
+            lora = LoRA(lora.a, lora.b[start:stop], lora.scaling)
+        return LMHead(self.weight[start:stop], bias, self.softcap, self.scale, lora)
+
+    def scaled(self, factor: float) -> LMHead:
+        """The same head with logits times `factor`."""
+        return LMHead(self.weight, self.bias, self.softcap, self.scale * factor, self.lora)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
         """Dense logits, in the inputs' dtype: for checks and tiny uses."""
         out = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.lora is not None:
+            low = self.lora.low(hidden)
+            out = out + nn.functional.linear(low, self.lora.b.to(low.dtype)).to(out.dtype)
         if self.softcap is not None:
             out = self.softcap * torch.tanh(out / self.softcap)
         return out * self.scale
@@ -110,12 +167,14 @@ class LMHead:
         """Read the head of a transformers causal LM (or of a PEFT model around one).
 
         Honours bias, softcap (`final_logit_softcapping` and its like), scale (`logit_scale`,
-        `logits_scaling`, `lm_head_multiplier`, `output_multiplier`) and peft's `modules_to_save`.
+        `logits_scaling`, `lm_head_multiplier`, `output_multiplier`), peft's `modules_to_save` and
+        its LoRA on the head.
 
         Raises:
             TypeError: not such a model; a quantised or sharded (DTensor) head.
             ValueError: the model has no head of this form: an encoder-decoder, no output
-                embeddings, a head adapted by LoRA, a setting that shapes logits in an unknown way.
+                embeddings, a head adapted otherwise than by plain LoRA, a setting that shapes
+                logits in an unknown way.
         """
         lm = _causal_lm(model)
         name = type(lm).__name__
@@ -124,13 +183,13 @@ class LMHead:
         module = lm.get_output_embeddings()
         if module is None:
             raise ValueError(f"model must have output embeddings, got {name} without any")
-        module = _without_adapter(module, name)
+        module, lora = _adapted(module, name)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             kind = type(module).__name__
             raise ValueError(f"the head of {name} must be a linear layer, got {kind}")
         softcap, scale = _shape_of_logits(lm.config.get_text_config(), name)
-        return cls(weight, getattr(module, "bias", None), softcap, scale)
+        return cls(weight, getattr(module, "bias", None), softcap, scale, lora)
 
     @staticmethod
     def check(model: Any) -> None:
@@ -183,20 +242,40 @@ def _causal_lm(model: Any) -> Any:
     return lm
 
 
-def _without_adapter(module: Any, name: str) -> Any:
-    """peft's whole trained copy of a head, where there is one; other adapters are refused."""
+def _adapted(module: Any, name: str) -> tuple[Any, LoRA | None]:
+    """A head without its peft wrapper, and its LoRA; peft's whole trained copy where it has one."""
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         active = list(module.active_adapters)
         if module.disable_adapters or not active:
-            return module.original_module
-        return module.modules_to_save[active[0]]
-    if type(module).__module__.partition(".")[0] == "peft":
+            return module.original_module, None
+        return module.modules_to_save[active[0]], None
+    if type(module).__module__.partition(".")[0] != "peft":
+        return module, None
+    if not hasattr(module, "lora_A") or not hasattr(module, "base_layer"):
         raise ValueError(
             f"the head of {name} is adapted by {type(module).__module__} ({type(module).__name__}),"
-            " which is not supported: leave lm_head out of target_modules, or train it whole with "
-            "modules_to_save=['lm_head']"
+            " which is not supported: leave lm_head out of target_modules, adapt it by LoRA, or "
+            "train it whole with modules_to_save=['lm_head']"
         )
-    return module
+    active = [key for key in module.active_adapters if key in module.lora_A]
+    if module.merged or module.disable_adapters or not active:
+        return module.base_layer, None
+    return module.base_layer, _lora(module, active, name)
+
+
+def _lora(module: Any, active: list[str], name: str) -> LoRA:
+    """The active adapters of peft's LoRA layer as one."""
+    for key in active:
+        if module.use_dora[key] or module.lora_bias[key] or key in module.lora_variant:
+            raise ValueError(f"the head of {name} is adapted by a variant of LoRA (DoRA, a bias)")
+        dropout = module.lora_dropout[key]
+        if getattr(dropout, "p", 0.0) > 0 and module.training:
+            raise ValueError(f"the LoRA of the head of {name} must have lora_dropout=0 in training")
+    if len(active) == 1:
+        (key,) = active
+        return LoRA(module.lora_A[key].weight, module.lora_B[key].weight, module.scaling[key])
+    scaled = [module.lora_A[key].weight * module.scaling[key] for key in active]
+    return LoRA(torch.cat(scaled), torch.cat([module.lora_B[key].weight for key in active], 1))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from torch import Tensor
 from dudi_kernels import checks
 from dudi_kernels.checks import Rows
 from dudi_kernels.divergences import Measure
-from dudi_kernels.head import LMHead
 from dudi_kernels.plan import Plan, plan_block, plan_retain
 from dudi_kernels.recompute import Job, RowWise
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side
@@ -32,8 +31,13 @@ def pick_backend(name: str) -> ModuleType:
 def wanted_gradients(rows: Rows) -> Needs:
     """What autograd will ask for; `ctx.needs_input_grad` stays True under no_grad."""
     enabled = torch.is_grad_enabled()
-    inputs = (rows.hidden, rows.head.weight, rows.head.bias)
-    return Needs(*(enabled and t is not None and t.requires_grad for t in inputs))
+    return Needs(*(enabled and t is not None and t.requires_grad for t in rows.inputs))
+
+
+def with_low(rows: Rows) -> Rows:
+    """With the inner product of the head's LoRA, which autograd takes on to A and the hidden."""
+    lora = rows.head.lora
+    return rows if lora is None else rows._replace(low=lora.low(rows.hidden))
 
 
 def as_side(rows: Rows) -> Side:
@@ -48,7 +52,8 @@ def as_side(rows: Rows) -> Side:
         dtype = torch.get_autocast_dtype(kind)
     else:
         dtype = torch.promote_types(hidden.dtype, rows.head.weight.dtype)
-    return Side(hidden.to(dtype), rows.head.detach())
+    low = None if rows.low is None else rows.low.detach().float()
+    return Side(hidden.to(dtype), rows.head.detach(), low)
 
 
 def _converts(side: Side) -> bool:
@@ -79,7 +84,7 @@ def make_plan(
 
 def retain(rows: Rows, *arguments: object) -> tuple[Tensor, RowValues]:
     """The loss, tied to the student's inputs, and the per-row values."""
-    loss, *values = Retain.apply(rows.hidden, rows.head.weight, rows.head.bias, *arguments)
+    loss, *values = Retain.apply(*arguments, *rows.inputs)
     return loss, RowValues(*values)
 
 
@@ -119,17 +124,15 @@ def row_wise(
         tile_rows=tile_rows,
         backend=backend,
     )
-    return RowWise.apply(student.hidden, student.head.weight, student.head.bias, job)
+    return RowWise.apply(job, *student.inputs)
 
 
 def log_prob(
     rows: Rows, targets: Tensor, temperature: float, backend: ModuleType, memory_budget: int
 ) -> Tensor:
     """(N,) log q[target], differentiable by row; a temperature is a scale of the head."""
-    head = rows.head
-    warm = LMHead(head.weight, head.bias, head.softcap, head.scale / temperature)
     _, values, _, _ = row_wise(
-        rows._replace(head=warm),
+        rows._replace(head=rows.head.scaled(1 / temperature)),
         None,
         None,
         targets,
@@ -154,7 +157,7 @@ class Counted:
         return values if self.index is None else values.index_select(0, self.index)
 
     def rows(self, rows: Rows) -> Rows:
-        return rows._replace(hidden=self.pick(rows.hidden))
+        return with_low(rows._replace(hidden=self.pick(rows.hidden)))
 
     def put_back(self, values: Tensor) -> Tensor:
         """In the leading shape of the inputs, 0 for ignored rows."""

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Chain, Measure
-from dudi_kernels.head import LMHead
-from dudi_kernels.sweep import Side, chunks
+from dudi_kernels.sweep import Needs, Side, chunks, inputs_of, zero_gradients
 from dudi_kernels.tiles import (
     STUDENT_POLE,
     TEACHER_POLE,
@@ -67,8 +66,8 @@ class _Pass:
             tile_rows=job.tile_rows,
         )
 
-    def blocks(self) -> Iterator[tuple[Tile, LMHead]]:
-        """Tiles of fresh logits, and the student's head of those columns."""
+    def blocks(self) -> Iterator[tuple[Tile, Side]]:
+        """Tiles of fresh logits, and the student's side of those columns."""
         job = self.job
         for start, stop in chunks(0, job.student.head.vocab_size, job.block):
             sides = [
@@ -77,21 +76,15 @@ class _Pass:
             ]
             student, teacher = sides
             assert student is not None
-            yield Tile(student, teacher, 0, start, job.measure), part(job.student.head, start, stop)
+            yield Tile(student, teacher, 0, start, job.measure), job.student.part(start, stop)
 
     def _logits(self, side: Side, buffer: Tensor, start: int, stop: int) -> Tensor:
         rows = len(side.hidden)
         out = buffer[: rows * (stop - start)].view(rows, stop - start)
-        return self.job.backend.project(side.hidden, part(side.head, start, stop), out)
+        return self.job.backend.project(side.part(start, stop), out)
 
     def steps(self, state: RowState, tile: Tile, wanted: Steps) -> None:
         self.job.backend.steps(self.setting, state, tile, wanted)
-
-
-def part(head: LMHead, start: int, stop: int) -> LMHead:
-    """Rows [start, stop) of a head."""
-    bias = None if head.bias is None else head.bias[start:stop]
-    return LMHead(head.weight[start:stop], bias, head.softcap, head.scale)
 
 
 def _forward(job: Job) -> RowState:
@@ -192,57 +185,56 @@ class RowWise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job
-    ) -> tuple[Tensor, ...]:
-        with no_autocast(hidden.device):
+    def forward(ctx: Any, job: Job, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        with no_autocast(job.student.hidden.device):
             state = _forward(job)
-        teacher: tuple[Tensor | None, ...] = ()
-        if job.teacher is not None:
-            head = job.teacher.head
-            teacher = (job.teacher.hidden, head.weight, head.bias)
-        ctx.save_for_backward(hidden, weight, bias, *teacher)  # a change in between is an error
+        others = () if job.teacher is None else inputs_of(job.teacher)
+        ctx.save_for_backward(*inputs, *others)  # a change in between is an error
         ctx.job, ctx.state = job, state
         ctx.mark_non_differentiable(state.teacher_entropy)
         ctx.set_materialize_grads(False)
-        log_prob = state.log_prob if job.targets is not None else torch.zeros_like(state.log_sum)
+        log_prob = state.log_prob if job.targets is not None else torch.zeros_like(state.weight)
         return state.divergence, log_prob, state.entropy, state.teacher_entropy
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, *_ = ctx.saved_tensors
         job, state = ctx.job, ctx.state
+        needs = Needs(*ctx.needs_input_grad[1:])
+        inputs = ctx.saved_tensors[: len(needs)]
         divergence, log_prob, entropy = (
             None if g is None else g.float().contiguous() for g in grads[:3]
         )
-        state.weight = torch.zeros_like(state.log_sum) if divergence is None else divergence
+        state.weight = torch.zeros_like(state.weight) if divergence is None else divergence
         state.coefficient, state.entropy_weight = log_prob, entropy
         if divergence is None:
             job = job._replace(measure=None, teacher=None)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
-        grad_hidden = zeros(hidden.shape) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = torch.empty_like(bias) if need_bias else None
-        with no_autocast(hidden.device):
-            blocks = _Pass(job)
-            for tile, head in blocks.blocks():
-                blocks.steps(state, tile, Steps(gradient=True))
-                columns = slice(tile.first_column, tile.first_column + head.vocab_size)
-                own_weight = zeros(head.weight.shape) if need_weight else None
-                own_bias = zeros(head.vocab_size) if need_bias else None
-                job.backend.accumulate(
-                    tile.student,
-                    job.student.hidden,
-                    head.weight,
-                    grad_hidden,
-                    own_weight,
-                    own_bias,
-                )
-                for whole, own in ((grad_weight, own_weight), (grad_bias, own_bias)):
-                    if whole is not None and own is not None:
-                        whole[columns] = own
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+        with no_autocast(job.student.hidden.device):
+            return None, *_gradients(job, state, needs, inputs)
+
+
+def _gradients(
+    job: Job, state: RowState, needs: Needs, inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """In the order of Needs and the dtypes of the inputs; each block of the head's written once."""
+    of_rows = needs._replace(weight=False, bias=False, lora_b=False)
+    of_head = needs._replace(hidden=False, low=False)
+    sums = zero_gradients(job.student, of_rows)
+    whole = [
+        torch.empty_like(tensor) if needed and tensor is not None else None
+        for tensor, needed in zip(inputs, of_head, strict=True)
+    ]
+    blocks = _Pass(job)
+    for tile, side in blocks.blocks():
+        blocks.steps(state, tile, Steps(gradient=True))
+        own = zero_gradients(side, of_head)
+        both = own._replace(hidden=sums.hidden, low=sums.low)
+        job.backend.accumulate(tile.student, side, both)
+        columns = slice(tile.first_column, tile.first_column + side.head.vocab_size)
+        for target, block in zip(whole, own, strict=True):
+            if target is not None and block is not None:
+                target[columns] = block
+    return tuple(
+        total.to(tensor.dtype) if total is not None and tensor is not None else target
+        for total, target, tensor in zip(sums, whole, inputs, strict=True)
+    )

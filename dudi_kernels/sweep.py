@@ -29,6 +29,15 @@ class Side(NamedTuple):
 
     hidden: Tensor  # (N, D)
     head: LMHead
+    low: Tensor | None  # (N, r) fp32 where the head has a LoRA
+
+    def rows(self, start: int, stop: int) -> Side:
+        low = None if self.low is None else self.low[start:stop]
+        return Side(self.hidden[start:stop], self.head, low)
+
+    def part(self, start: int, stop: int) -> Side:
+        """Rows [start, stop) of the vocabulary."""
+        return self._replace(head=self.head.part(start, stop))
 
 
 class Span(NamedTuple):
@@ -45,6 +54,8 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    low: bool
+    lora_b: bool
 
 
 # (start, stop, log_prob, teacher_log_prob) of a group of rows -> (R,) d loss / d log_prob
@@ -80,9 +91,35 @@ class RowValues(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """fp32 sums."""
+
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    low: Tensor | None
+    lora_b: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Gradients:
+        """Those of some rows, and the whole of the head's."""
+        hidden, low = (None if g is None else g[start:stop] for g in (self.hidden, self.low))
+        return self._replace(hidden=hidden, low=low)
+
+
+def zero_gradients(side: Side, needs: Needs) -> Gradients:
+    zeros = partial(torch.zeros, dtype=torch.float32, device=side.hidden.device)
+    tensors = inputs_of(side)
+    return Gradients(
+        *(
+            zeros(tensor.shape) if needed and tensor is not None else None
+            for tensor, needed in zip(tensors, needs, strict=True)
+        )
+    )
+
+
+def inputs_of(side: Side) -> tuple[Tensor | None, ...]:
+    """In the order of `Needs`."""
+    b = None if side.head.lora is None else side.head.lora.b
+    return side.hidden, side.head.weight, side.head.bias, side.low, b
 
 
 def chunks(start: int, stop: int, size: int) -> list[Chunk]:
@@ -95,7 +132,7 @@ class _Sweep:
 
     def __init__(self, task: Task, backend: ModuleType):
         self.task, self.backend = task, backend
-        hidden, head = task.student
+        hidden, head = task.student.hidden, task.student.head
         largest = max((b - a for group in task.groups for a, b in group), default=0)
         zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
         self.student = zeros(0).new_empty(largest, head.vocab_size)
@@ -112,11 +149,7 @@ class _Sweep:
             masked=may_mask(head, task.teacher.head if task.teacher else None),
             tile_rows=task.plan.tile_rows,
         )
-        self.grads = Gradients(
-            zeros(hidden.shape) if task.needs.hidden else None,
-            zeros(head.weight.shape) if task.needs.weight else None,
-            zeros(head.vocab_size) if task.needs.bias else None,
-        )
+        self.grads = zero_gradients(task.student, task.needs)
 
     def _known_coefficients(self) -> Tensor | None:
         task = self.task
@@ -196,14 +229,13 @@ class _Sweep:
 
     def _project(self, start: int, stop: int, teacher: bool = True) -> None:
         """Logits of a chunk; of the teacher only where they are read."""
-        hidden, head = self.task.student
-        self.backend.project(hidden[start:stop], head, self.student[: stop - start])
+        side = self.task.student.rows(start, stop)
+        self.backend.project(side, self.student[: stop - start])
         if self.task.teacher is None or not teacher:
             return
         assert self.teacher is not None
-        hidden, head = self.task.teacher
         for a, b in self._taught(start, stop):
-            self.backend.project(hidden[a:b], head, self.teacher[a - start : b - start])
+            self.backend.project(self.task.teacher.rows(a, b), self.teacher[a - start : b - start])
 
     def _steps(
         self,
@@ -232,16 +264,8 @@ class _Sweep:
     def _accumulate(self, start: int, stop: int) -> None:
         if not any(self.task.needs):
             return
-        hidden, head = self.task.student
-        rows, grads = slice(start, stop), self.grads
-        self.backend.accumulate(
-            self.student[: stop - start],
-            hidden[rows],
-            head.weight,
-            None if grads.hidden is None else grads.hidden[rows],
-            grads.weight,
-            grads.bias,
-        )
+        side = self.task.student.rows(start, stop)
+        self.backend.accumulate(self.student[: stop - start], side, self.grads.rows(start, stop))
 
     def _values(self) -> RowValues:
         state = self.state
@@ -264,19 +288,17 @@ class Retain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         task: Task,
         backend: ModuleType,
         combine: Callable[[RowValues], Tensor],  # the loss
+        *inputs: Tensor | None,  # in the order of Needs
     ) -> tuple[Tensor, ...]:
         sweep = _Sweep(task, backend)
-        with no_autocast(hidden.device):
+        with no_autocast(task.weight.device):
             values = sweep.run()
             loss = combine(values)
         ctx.grads = sweep.grads
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
         return loss, *values
@@ -285,7 +307,7 @@ class Retain(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 6
+            return (None,) * (3 + len(ctx.dtypes))
         if ctx.grads is None:
             raise RuntimeError(
                 "backward through a fused loss a second time: its gradients were made in the "
@@ -296,4 +318,4 @@ class Retain(torch.autograd.Function):
             None if g is None else g.mul_(grad).to(dtype)  # in fp32 first: a GradScaler's factor
             for g, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (None, None, None, *scaled)

@@ -26,6 +26,7 @@ from dudi_kernels.prepare import (
     pick_backend,
     retain,
     wanted_gradients,
+    with_low,
 )
 from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks
 
@@ -158,7 +159,7 @@ def linear_dudi_loss(
     Sources: DuDi, arXiv 2606.04694 (its abstract; the formulas are this project's own); SPIN,
     2401.01335; GKD, 2306.13649.
     """
-    student = checks.side("student", student_hidden, student_head)
+    student = with_low(checks.side("student", student_hidden, student_head))
     flat = checks.targets(targets, student, None)
     packing = _packing(checks.segment_ids(segment_ids, student))
     _check_settings(
@@ -353,7 +354,7 @@ def _teacher(student: Rows, hidden: Tensor | None, head: Head | None) -> Rows:
     assert hidden is not None and head is not None
     teacher = checks.side("teacher", hidden, head)
     checks.pair_of_sides(student, teacher)
-    return teacher
+    return with_low(teacher)
 
 
 def _spans(

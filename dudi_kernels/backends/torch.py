@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dudi_kernels.backends import native
 from dudi_kernels.divergences import FLOOR, TINY, Helpers, Measure
-from dudi_kernels.head import LMHead
 from dudi_kernels.plan import BLOCK
+from dudi_kernels.sweep import Gradients, Side
 from dudi_kernels.tiles import (
     STUDENT_POLE,
     TEACHER_POLE,
@@ -60,16 +60,15 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         out.copy_(product)
 
 
-def project(
-    hidden: Tensor,  # (R, D)
-    head: LMHead,
-    out: Tensor,  # (R, V) fp32
-) -> Tensor:
-    """softcap(hidden W^T + bias) * scale into `out`, in fp32 whatever the inputs are."""
-    dtype = _gemm_dtype(hidden, backward=False)
-    rows = hidden.to(dtype)
+def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32
+    """Logits of a side into `out`, in fp32 whatever the inputs are."""
+    head = side.head
+    dtype = _gemm_dtype(side.hidden, backward=False)
+    rows = side.hidden.to(dtype)
     for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
         _mm(rows, head.weight[block].to(dtype).t(), out[:, block], add=False)
+        if head.lora is not None and side.low is not None:
+            _mm(side.low, head.lora.b[block].float().t(), out[:, block], add=True)
     if head.bias is not None:
         out.add_(head.bias)
     if head.softcap is not None:
@@ -81,23 +80,26 @@ def project(
 
 def accumulate(
     grad: Tensor,  # (R, V) fp32 gradient of the raw logits
-    hidden: Tensor,  # (R, D)
-    weight: Tensor,  # (V, D)
-    grad_hidden: Tensor | None,  # (R, D) fp32, added to
-    grad_weight: Tensor | None,  # (V, D) fp32, added to
-    grad_bias: Tensor | None,  # (V,) fp32, added to
+    side: Side,
+    sums: Gradients,  # added to, where they are wanted
 ) -> None:
-    """The two GEMMs of the backward pass, and the bias."""
-    dtype = _gemm_dtype(hidden, backward=True)
-    rows = hidden.to(dtype)
-    for block in _blocks(len(weight), dtype == weight.dtype == torch.float32):
-        part = grad[:, block].to(dtype)
-        if grad_hidden is not None:
-            _mm(part, weight[block].to(dtype), grad_hidden, add=True)
-        if grad_weight is not None:
-            _mm(part.t(), rows, grad_weight[block], add=True)
-    if grad_bias is not None:
-        grad_bias.add_(grad.sum(0))
+    """The GEMMs of the backward pass, and the bias."""
+    head = side.head
+    dtype = _gemm_dtype(side.hidden, backward=True)
+    rows = side.hidden.to(dtype)
+    for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
+        part = grad[:, block]
+        own = part.to(dtype)
+        if sums.hidden is not None:
+            _mm(own, head.weight[block].to(dtype), sums.hidden, add=True)
+        if sums.weight is not None:
+            _mm(own.t(), rows, sums.weight[block], add=True)
+        if sums.low is not None and head.lora is not None:
+            _mm(part, head.lora.b[block].float(), sums.low, add=True)
+        if sums.lora_b is not None and side.low is not None:
+            _mm(part.t(), side.low, sums.lora_b[block], add=True)
+    if sums.bias is not None:
+        sums.bias.add_(grad.sum(0))
 
 
 # ---- element-wise steps --------------------------------------------------------------------------

@@ -146,8 +146,61 @@ def test_peft_heads():
         assert LMHead.from_model(model).weight is not head.weight
         LMHead.check(model)
 
-    settings["target_modules"] = ["lm_head"]
-    adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(**settings))
+
+def adapted_head(**settings):
+    peft = pytest.importorskip("peft")
+    settings = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["lm_head"], **settings}
+    return peft.get_peft_model(tiny("llama"), peft.LoraConfig(**settings))
+
+
+def test_lora_on_the_head():
+    model = adapted_head(lora_alpha=6)
+    head = LMHead.from_model(model)
+    assert head.lora is not None and head.lora.scaling == 3.0
+    assert not head.weight.requires_grad and head.lora.a.requires_grad
+    with torch.no_grad():
+        head.lora.b.normal_()  # it starts as 0
+    LMHead.check(model)
+    with model.disable_adapter():
+        assert LMHead.from_model(model).lora is None
+        LMHead.check(model)
+    model.merge_adapter()
+    assert LMHead.from_model(model).lora is None
+    LMHead.check(model)
+
+
+def test_two_loras_on_the_head():
+    peft = pytest.importorskip("peft")
+    model = adapted_head()
+    second = peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=["lm_head"])
+    model.add_adapter("second", second)
+    model.base_model.set_adapter(["default", "second"])
+    head = LMHead.from_model(model)
+    assert head.lora is not None and head.lora.a.shape[0] == 5
+    with torch.no_grad():
+        for b in model.get_base_model().get_output_embeddings().lora_B.values():
+            b.weight.normal_()
+    LMHead.check(model)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "a variant of LoRA"),
+        ({"lora_bias": True}, "a variant of LoRA"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0 in training"),
+    ],
+)
+def test_variants_of_lora_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LMHead.from_model(adapted_head(**settings).train())
+
+
+def test_other_adapters_of_the_head_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoHaConfig(r=2, task_type="CAUSAL_LM", target_modules=["lm_head"])
+    adapted = peft.get_peft_model(tiny("llama"), config)
     with pytest.raises(ValueError, match="LlamaForCausalLM is adapted by peft"):
         LMHead.from_model(adapted)
 
