@@ -1,0 +1,61 @@
+"""Options of `pytest bench/`, and the results of a session, written at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.report import Results, write_all
+
+RESULTS = pytest.StashKey[Results]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--quick", action="store_true", help="a tiny shape: does everything run?")
+    group.addoption("--rounds", type=int, default=5, help="paired rounds of ours")
+    group.addoption("--peer-rounds", type=int, default=3, help="paired rounds of the others")
+    group.addoption("--results", default=str(Path(__file__).parent / "results"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = Results()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # other libraries' warnings are theirs
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Results:
+    return request.config.stash[RESULTS]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def dtype(device: str) -> torch.dtype:
+    """What a GPU's users train in; on a CPU fp32."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    found = session.config.stash[RESULTS]
+    if found.cases:
+        write_all(found, Path(session.config.getoption("--results")))
+
+
+@pytest.fixture(autouse=True)
+def _free() -> Iterator[Any]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,59 @@
+"""The floor: the bare GEMMs of a task, in their best blocking, into buffers that are there already.
+
+Logits of the student (and of the teacher), the gradient of the hidden states and of the weight: no
+softmax, no loss, no allocation. No exact method can do with less.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.problems import Problem
+
+BLOCKINGS = ((512, 4096), (256, 4096), (256, 16_384), (1024, 2048))  # rows, columns
+
+
+class Floor:
+    def __init__(self, x: Problem, teacher: bool):
+        self.x, self.teacher = x, teacher
+        rows, columns = (max(size) for size in zip(*BLOCKINGS, strict=True))
+        size = max(min(r, len(x.hidden)) * c for r, c in BLOCKINGS) if rows and columns else 0
+        self.student_buffer = x.hidden.detach().new_empty(size)
+        self.teacher_buffer = torch.empty_like(self.student_buffer)
+        self.grad_hidden = torch.zeros_like(x.hidden)
+        self.grad_weight = torch.zeros_like(x.weight)
+        self.blocking = min(BLOCKINGS, key=self._time)
+
+    def _time(self, blocking: tuple[int, int]) -> float:
+        started = time.perf_counter()
+        self.run(blocking)
+        if self.x.hidden.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def __call__(self) -> None:
+        self.run(self.blocking)
+
+    @torch.no_grad()
+    def run(self, blocking: tuple[int, int]) -> None:
+        x, (rows, columns) = self.x, blocking
+        for a in range(0, len(x.hidden), rows):
+            hidden = x.hidden[a : a + rows]
+            for c in range(0, len(x.weight), columns):
+                weight = x.weight[c : c + columns]
+                shape = len(hidden), len(weight)
+                logits = self.student_buffer[: shape[0] * shape[1]].view(shape)
+                torch.mm(hidden, weight.t(), out=logits)
+                if self.teacher:
+                    other = self.teacher_buffer[: shape[0] * shape[1]].view(shape)
+                    guide = x.teacher_weight[c : c + columns]
+                    torch.mm(x.teacher_hidden[a : a + rows], guide.t(), out=other)
+                self.grad_hidden[a : a + rows].addmm_(logits, weight)
+                self.grad_weight[c : c + columns].addmm_(logits.t(), hidden)
+
+
+def floor_of(task: str, x: Problem) -> Callable[[], None]:
+    return Floor(x, teacher=task != "cross_entropy")

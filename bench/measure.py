@@ -1,0 +1,155 @@
+"""Measuring: paired rounds for time, a process of its own for memory and error.
+
+Time (pytest-benchmark): before each round of a contender a round of the floor runs, so that a
+machine whose speed drifts moves both; the figure is the median of the rounds' ratios. Memory and
+error: `python -m bench.measure` in a fresh process, which prints JSON: the peak of resident bytes
+(of the allocator's on a GPU) above what was there before the call, and the error of the gradients
+against float64.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.contenders import find, is_bf16, reference, step, wide
+from bench.problems import BY_NAME, Problem, Shape, make, resized
+
+ERROR_ROWS = 32  # rows of the float64 comparison: the whole would not fit
+
+
+class Timing(NamedTuple):
+    seconds: float  # median
+    floor_seconds: float
+    ratio: float  # median of the rounds' own
+    spread: float  # (third - first quartile) / median of the ratios
+    rounds: int
+
+
+def finished(function: Callable[[], None], cuda: bool) -> Callable[[], None]:
+    """The function, over only when the device is."""
+
+    def run() -> None:
+        function()
+        if cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def seconds(function: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def summary(own: Sequence[float], floor: Sequence[float]) -> Timing:
+    """Of the seconds of a contender's rounds and the floor's before them."""
+    times = list(zip(own, floor, strict=True))
+    ratios = sorted(mine / base for mine, base in times)
+    quarter = len(ratios) // 4
+    middle = median(ratios)
+    return Timing(
+        median(own),
+        median(floor),
+        middle,
+        (ratios[-1 - quarter] - ratios[quarter]) / middle,
+        len(times),
+    )
+
+
+# ---- memory and error ----------------------------------------------------------------------------
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of this process's status."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_bytes(function: Callable[[], None], cuda: bool) -> int:
+    """The most memory during the call above what was there before."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def gradient_bytes(x: Problem) -> int:
+    return sum(t.numel() * t.element_size() for t in (x.hidden, x.weight))
+
+
+def _error(got: Tensor | None, want: Tensor | None) -> float:
+    assert got is not None and want is not None
+    return float((got.double() - want).norm() / want.norm())
+
+
+def gradient_error(task: str, contender: str, x: Problem) -> float:
+    """The larger of the relative errors of the gradients of hidden states and weight."""
+    run = find(contender, task)
+    assert not isinstance(run, str)
+    few = x.rows(min(ERROR_ROWS, len(x.hidden)))
+    step(run, few)
+    true = wide(few)
+    reference(task, true).backward()
+    return max(_error(few.hidden.grad, true.hidden.grad), _error(few.weight.grad, true.weight.grad))
+
+
+def probe(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: str) -> dict:
+    """What a process of its own measures."""
+    run = find(contender, task)
+    assert not isinstance(run, str)
+    x = make(shape, dtype, device)
+    small = make(resized(BY_NAME["tiny"], rows=8), dtype, device)
+    step(run, small)  # libraries are loaded and threads are there
+    cuda = device != "cpu"
+    peak = peak_bytes(lambda: step(run, x), cuda)
+    x.clear()
+    return {
+        "peak_bytes": peak,
+        "gradient_bytes": gradient_bytes(x),
+        "gradient_error": gradient_error(task, contender, x),
+        "bf16": is_bf16(x),
+    }
+
+
+def probe_apart(shape: Shape, task: str, contender: str, dtype: str, device: str) -> dict[str, Any]:
+    """`probe` in a fresh process; {"failed": why} where it did not end well."""
+    words = (shape.name, shape.rows, shape.vocab_size, task, contender, dtype, device)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "bench.measure", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        return {"failed": f"exit {done.returncode}: {last}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(words: list[str]) -> None:
+    name, rows, vocab, task, contender, dtype, device = words
+    shape = resized(BY_NAME[name], int(rows), int(vocab))
+    print(json.dumps(probe(shape, task, contender, getattr(torch, dtype), device)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

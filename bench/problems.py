@@ -1,0 +1,115 @@
+"""The shapes that are measured, and tensors for them.
+
+Published shapes of real pairs of models, with hidden states and weights drawn so that the
+distributions are peaked as a language model's are; `smollm2` has the real ones of SmolLM2-135M on
+the embedded strings, the teacher being the model itself and the student a noisy copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    rows: int
+    vocab_size: int
+    width: int
+    teacher_width: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.rows}"
+
+
+QWEN = Shape("qwen2.5", 512, 151_936, 896, 2048, "Qwen2.5 0.5B from 3B")
+GEMMA = Shape("gemma3", 512, 262_144, 640, 1152, "Gemma 3 270M from 1B")
+LLAMA = Shape("llama3.2", 512, 128_256, 2048, 3072, "Llama 3.2 1B from 3B")
+SMOLLM2 = Shape("smollm2", 512, 49_152, 576, 576, "SmolLM2-135M, its own hidden states")
+TINY = Shape("tiny", 48, 3000, 32, 48, "to see that everything runs")
+SHAPES = (QWEN, GEMMA, LLAMA, SMOLLM2)
+BY_NAME = {shape.name: shape for shape in (*SHAPES, TINY)}
+
+
+def resized(shape: Shape, rows: int | None = None, vocab_size: int | None = None) -> Shape:
+    return replace(
+        shape,
+        rows=shape.rows if rows is None else rows,
+        vocab_size=shape.vocab_size if vocab_size is None else vocab_size,
+    )
+
+
+@dataclass
+class Problem:
+    hidden: Tensor  # (N, D) requires a gradient, as the weight does
+    weight: Tensor  # (V, D)
+    teacher_hidden: Tensor  # (N, E)
+    teacher_weight: Tensor  # (V, E)
+    targets: Tensor  # (N,)
+    segments: Tensor  # (N,) pairs of y+ and y-
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def rows(self, count: int) -> Problem:
+        """The first rows alone, as leaves of their own."""
+        hidden, weight = (t.detach()[:n].clone() for t, n in self._leaves(count))
+        return Problem(
+            hidden.requires_grad_(),
+            weight.requires_grad_(),
+            self.teacher_hidden[:count],
+            self.teacher_weight,
+            self.targets[:count],
+            segments_of(count).to(self.segments.device),
+        )
+
+    def _leaves(self, count: int) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        return (self.hidden, count), (self.weight, len(self.weight))
+
+
+def segments_of(rows: int) -> Tensor:
+    """Pairs of sequences of about 32 rows."""
+    sequences = 2 * max(1, rows // 64)
+    return torch.arange(rows) * sequences // max(rows, 1)
+
+
+def make(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
+    """A problem of this shape; the same numbers each time."""
+    if shape.name == "smollm2":
+        from bench.smollm2 import real_states
+
+        tensors = real_states(shape.rows)
+    else:
+        tensors = _drawn(shape)
+    hidden, weight, teacher_hidden, teacher_weight = (t.to(device, dtype) for t in tensors)
+    generator = torch.Generator().manual_seed(1)
+    return Problem(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        teacher_hidden,
+        teacher_weight,
+        torch.randint(len(weight), (shape.rows,), generator=generator).to(device),
+        segments_of(shape.rows).to(device),
+    )
+
+
+def _drawn(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of standard deviation 3, those of both sides half in common."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    shared = min(shape.width, shape.teacher_width) // 2
+    hidden, teacher_hidden = draw(shape.rows, shape.width), draw(shape.rows, shape.teacher_width)
+    weight = draw(shape.vocab_size, shape.width)
+    teacher_weight = draw(shape.vocab_size, shape.teacher_width)
+    teacher_hidden[:, :shared] = hidden[:, :shared]
+    teacher_weight[:, :shared] = weight[:, :shared]
+    weight.mul_(3 / shape.width**0.5)
+    teacher_weight.mul_(3 / shape.teacher_width**0.5)
+    return hidden, weight, teacher_hidden, teacher_weight
