@@ -29,7 +29,7 @@ from dudi_kernels.prepare import (
     row_wise,
     wanted_gradients,
 )
-from dudi_kernels.sweep import RowValues, Span, Task, chunks
+from dudi_kernels.sweep import RowValues, Span, Task, chunks, even
 
 
 class DistillLoss(NamedTuple):
@@ -223,7 +223,7 @@ def _weighted_sweep(
         targets=targets,
         weight=weight,
         spans=[Span(0, rows, measure)] if measure is not None else [],
-        groups=[[chunk] for chunk in chunks(0, rows, plan.chunk_rows)],
+        groups=[[chunk] for chunk in chunks(0, rows, even(rows, plan.chunk_rows))],
         coefficient=weight * -ce_weight if ce_weight else None,
         coefficients=None,
         teacher_log_prob=False,

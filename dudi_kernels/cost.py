@@ -9,6 +9,7 @@ import torch
 from dudi_kernels import checks
 from dudi_kernels.plan import BLOCK, DEFAULT_BUDGET, FP32, TEMPORARIES, plan_block, plan_retain
 from dudi_kernels.prepare import pick_backend
+from dudi_kernels.sweep import even
 
 
 class MemoryPlan(NamedTuple):
@@ -71,7 +72,7 @@ def plan_memory(
         chained = teacher_width is None or measure.chain is not None
         return _recompute(call, block, tile_rows * settings["temporaries"], 1 if chained else 2)
     plan = plan_retain(vocab_size, widths, convert, memory_budget, **settings)
-    return _retain(call, min(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
+    return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
 
 
 class _Call(NamedTuple):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Chain, Measure
-from dudi_kernels.sweep import Needs, Side, chunks, inputs_of, zero_gradients
+from dudi_kernels.memory import empty
+from dudi_kernels.sweep import Needs, Side, chunks, inputs_of, new_gradients
 from dudi_kernels.tiles import (
     STUDENT_POLE,
     TEACHER_POLE,
@@ -53,7 +54,7 @@ class _Pass:
         self.job = job
         head, rows = job.student.head, len(job.student.hidden)
         size = rows * min(job.block, head.vocab_size)
-        new = partial(torch.empty, dtype=torch.float32, device=job.student.hidden.device)
+        new = partial(empty, device=job.student.hidden.device)
         self.buffers = new(size), new(size if job.teacher is not None else 0)
         self.setting = Setting(
             vocabulary=head.vocab_size,
@@ -219,7 +220,7 @@ def _gradients(
     """In the order of Needs and the dtypes of the inputs; each block of the head's written once."""
     of_rows = needs._replace(weight=False, bias=False, lora_b=False)
     of_head = needs._replace(hidden=False, low=False)
-    sums = zero_gradients(job.student, of_rows)
+    sums = new_gradients(job.student, of_rows)
     whole = [
         torch.empty_like(tensor) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, of_head, strict=True)
@@ -227,9 +228,9 @@ def _gradients(
     blocks = _Pass(job)
     for tile, side in blocks.blocks():
         blocks.steps(state, tile, Steps(gradient=True))
-        own = zero_gradients(side, of_head)
+        own = new_gradients(side, of_head)
         both = own._replace(hidden=sums.hidden, low=sums.low)
-        job.backend.accumulate(tile.student, side, both)
+        job.backend.accumulate(tile.student, side, both, add_weight=False)
         columns = slice(tile.first_column, tile.first_column + side.head.vocab_size)
         for target, block in zip(whole, own, strict=True):
             if target is not None and block is not None:

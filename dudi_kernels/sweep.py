@@ -18,6 +18,7 @@ from torch import Tensor
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Measure
 from dudi_kernels.head import LMHead
+from dudi_kernels.memory import empty
 from dudi_kernels.plan import Plan
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask, may_mask
 
@@ -105,15 +106,16 @@ class Gradients(NamedTuple):
         return self._replace(hidden=hidden, low=low)
 
 
-def zero_gradients(side: Side, needs: Needs) -> Gradients:
-    zeros = partial(torch.zeros, dtype=torch.float32, device=side.hidden.device)
-    tensors = inputs_of(side)
-    return Gradients(
-        *(
-            zeros(tensor.shape) if needed and tensor is not None else None
-            for tensor, needed in zip(tensors, needs, strict=True)
-        )
-    )
+def new_gradients(side: Side, needs: Needs) -> Gradients:
+    """Zeros; of the weight, which is large, memory that the first `accumulate` fills."""
+    found: list[Tensor | None] = []
+    for name, tensor, needed in zip(Needs._fields, inputs_of(side), needs, strict=True):
+        if not needed or tensor is None:
+            found.append(None)
+            continue
+        new = empty(*tensor.shape, device=tensor.device)
+        found.append(new if name == "weight" else new.zero_())
+    return Gradients(*found)
 
 
 def inputs_of(side: Side) -> tuple[Tensor | None, ...]:
@@ -127,6 +129,11 @@ def chunks(start: int, stop: int, size: int) -> list[Chunk]:
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
+def even(rows: int, size: int) -> int:
+    """A step of at most `size` that leaves no short rest."""
+    return max(1, -(-rows // max(1, -(-rows // size))))
+
+
 class _Sweep:
     """Buffers, state and results of one *retain* sweep."""
 
@@ -134,9 +141,9 @@ class _Sweep:
         self.task, self.backend = task, backend
         hidden, head = task.student.hidden, task.student.head
         largest = max((b - a for group in task.groups for a, b in group), default=0)
-        zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
-        self.student = zeros(0).new_empty(largest, head.vocab_size)
-        self.teacher = torch.empty_like(self.student) if task.teacher is not None else None
+        new = partial(empty, largest, head.vocab_size, device=hidden.device)
+        self.student = new()
+        self.teacher = new() if task.teacher is not None else None
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = self._known_coefficients()
         self.setting = Setting(
@@ -149,7 +156,8 @@ class _Sweep:
             masked=may_mask(head, task.teacher.head if task.teacher else None),
             tile_rows=task.plan.tile_rows,
         )
-        self.grads = zero_gradients(task.student, task.needs)
+        self.grads = new_gradients(task.student, task.needs)
+        self.filled = False  # whether the weight's gradient has been written to
 
     def _known_coefficients(self) -> Tensor | None:
         task = self.task
@@ -265,10 +273,14 @@ class _Sweep:
         if not any(self.task.needs):
             return
         side = self.task.student.rows(start, stop)
-        self.backend.accumulate(self.student[: stop - start], side, self.grads.rows(start, stop))
+        grads = self.grads.rows(start, stop)
+        self.backend.accumulate(self.student[: stop - start], side, grads, self.filled)
+        self.filled = True
 
     def _values(self) -> RowValues:
         state = self.state
+        if self.grads.weight is not None and not self.filled:  # no rows
+            self.grads.weight.zero_()
         if self.setting.masked:
             for start, stop, measure in self.task.spans:
                 poles = state.poles[start:stop] & infinite_mask(measure)
@@ -314,8 +326,10 @@ class Retain(torch.autograd.Function):
                 "forward call and handed over; call the loss again"
             )
         grads, ctx.grads = ctx.grads, None
+        one = grad.device.type == "cpu" and float(grad) == 1  # a pass over dW saved
         scaled = [
-            None if g is None else g.mul_(grad).to(dtype)  # in fp32 first: a GradScaler's factor
+            # in fp32 first: a GradScaler's factor
+            None if g is None else (g if one else g.mul_(grad)).to(dtype)
             for g, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return (None, None, None, *scaled)

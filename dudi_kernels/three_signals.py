@@ -28,7 +28,7 @@ from dudi_kernels.prepare import (
     wanted_gradients,
     with_low,
 )
-from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks
+from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks, even
 
 Reference = Tensor | str | None
 Denominator = float | Tensor | None
@@ -372,7 +372,7 @@ def _groups(starts: list[int], plan: Plan, together: bool) -> list[list[Chunk]]:
     """Chunks of whole pairs; a pair that the budget can't hold is a group of several chunks."""
     size = plan.chunk_rows
     if not together:
-        return [[chunk] for chunk in chunks(0, starts[-1], size)]
+        return [[chunk] for chunk in chunks(0, starts[-1], even(starts[-1], size))]
     groups: list[list[Chunk]] = []
     begin = 0
     for a, b in pairwise(starts[0::2]):  # of pairs

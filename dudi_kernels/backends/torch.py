@@ -82,6 +82,7 @@ def accumulate(
     grad: Tensor,  # (R, V) fp32 gradient of the raw logits
     side: Side,
     sums: Gradients,  # added to, where they are wanted
+    add_weight: bool,  # or write the weight's for the first time
 ) -> None:
     """The GEMMs of the backward pass, and the bias."""
     head = side.head
@@ -93,7 +94,7 @@ def accumulate(
         if sums.hidden is not None:
             _mm(own, head.weight[block].to(dtype), sums.hidden, add=True)
         if sums.weight is not None:
-            _mm(own.t(), rows, sums.weight[block], add=True)
+            _mm(own.t(), rows, sums.weight[block], add=add_weight)
         if sums.low is not None and head.lora is not None:
             _mm(part, head.lora.b[block].float(), sums.low, add=True)
         if sums.lora_b is not None and side.low is not None:
