@@ -62,7 +62,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(str(args.output_dir)) / METRICS_FILE
-        kept = [r for r in read_jsonl(path) if r["step"] <= state.global_step]
+        kept = [r for r in read_jsonl(path) if r.get("step", 0) <= state.global_step]
         kept = [r for r in kept if "train_runtime" not in r]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
@@ -165,6 +165,10 @@ class Continuity(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.any_rank(self.requested) and state.global_step < state.max_steps:
+        if not self.trainer.any_rank(self.requested):
+            return
+        if state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             self.stopped = True
+        elif state.is_world_process_zero:
+            print("That was the last step: the run ends as usual.", flush=True)

@@ -1,6 +1,7 @@
 """Run folders and checkpoints: which may be written, which a run can go on from.
 
-A checkpoint counts as whole once `trainer_state.json` parses: the Trainer writes it last.
+A checkpoint counts as whole if a run can go on from it exactly: optimizer, schedule and random
+state are there, and `trainer_state.json`, which the Trainer writes last, parses.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from dudi.config import resume_mismatches
 
 CONFIG_FILE = "dudi_config.json"
 STATE_FILE = "trainer_state.json"
+WINDOW_FILE = "log_window.json"
 
 
 def is_whole(folder: Path) -> bool:
@@ -25,15 +28,16 @@ def is_whole(folder: Path) -> bool:
         json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    states = [folder / "optimizer.pt", folder / "scheduler.pt", folder / WINDOW_FILE]
+    return all(path.exists() for path in states) and any(folder.glob("rng_state*.pth"))
 
 
 def last_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest whole `checkpoint-N` of a run, or None."""
     found = [
-        (int(match[1]), folder)
+        (int(folder.name.removeprefix("checkpoint-")), folder)
         for folder in Path(run_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_whole(folder)
+        if CHECKPOINT.fullmatch(folder.name) and is_whole(folder)
     ]
     return max(found)[1] if found else None
 
@@ -46,6 +50,7 @@ PASSING = ("transformers_version", "dtype", "torch_dtype", "use_cache", "archite
 
 def model_mismatches(model_config: Any, checkpoint: Path) -> list[str]:
     """Settings of the architecture in which a checkpoint differs from the model to be resumed."""
+    _check_readable(checkpoint)
     if not (checkpoint / "config.json").exists():  # an adapter's checkpoint
         return []
     saved, own = (
@@ -60,17 +65,29 @@ def model_mismatches(model_config: Any, checkpoint: Path) -> list[str]:
     ]
 
 
+def _check_readable(checkpoint: Path) -> None:
+    for path in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} can't be read: {error}") from error
+
+
 def run_mismatches(current: dict[str, Any], checkpoint: Path) -> list[str]:
     """In what recipe, adapter or data a checkpoint differs from the run that would go on."""
     path = checkpoint / CONFIG_FILE
     if not path.exists():
         return [f"it was not written by DuDiTrainer, there is no {CONFIG_FILE}"]
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        *resume_mismatches(saved["config"], current["config"]),
-        *_adapter_mismatches(saved["adapter"], current["adapter"]),
-        *_data_mismatches(saved["data"], current["data"]),
-    ]
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            *resume_mismatches(saved["config"], current["config"]),
+            *_adapter_mismatches(saved["adapter"], current["adapter"]),
+            *_data_mismatches(saved["data"], current["data"]),
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what DuDiTrainer writes: {error!r}") from error
 
 
 def _adapter_mismatches(saved: dict[str, Any] | None, current: dict[str, Any] | None) -> list[str]:
@@ -94,13 +111,25 @@ def _data_mismatches(saved: dict[str, Any], current: dict[str, Any]) -> list[str
 
 # ---- run folders ---------------------------------------------------------------------------------
 
-MARKS = ("run.json", "metrics.jsonl", "checkpoint-*")  # what tells a run of ours
 # All that a run writes, and so all that overwriting it removes.
-WRITTEN = (*MARKS, "evaluation.json", "summary.json", "report.html", "model", "runs", "*.tmp")
+FILES = ("run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html")
+FOLDERS = ("model", "runs")  # the final model, TensorBoard's events
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run or a demo of ours is in a folder: run.json tells."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and {"config", "environment"} <= info.keys()
 
 
 def _written(folder: Path, more: tuple[str, ...] = ()) -> list[Path]:
-    return sorted({child for pattern in (*WRITTEN, *more) for child in folder.glob(pattern)})
+    names = (*FILES, *(f"{file}.tmp" for file in FILES), *FOLDERS, *more)
+    checkpoints = [c for c in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(c.name)]
+    return [folder / name for name in names if (folder / name).exists()] + checkpoints
 
 
 def check_output_dir(path: str | Path, *, resume: bool, overwrite: bool) -> None:
@@ -117,7 +146,7 @@ def check_output_dir(path: str | Path, *, resume: bool, overwrite: bool) -> None
                 f"output_dir {folder} is not empty: pass --resume to go on with the run in it or "
                 "--overwrite to replace it"
             )
-        if not any(True for pattern in MARKS for _ in folder.glob(pattern)):
+        if not holds_run(folder):
             raise ValueError(f"output_dir {folder} holds no run: not overwritten")
         here = Path.cwd()
         if (folder / ".git").exists() or folder.resolve() in (here, *here.parents):
@@ -141,9 +170,11 @@ def check_inputs_stay(path: str | Path, inputs: dict[str, str | None]) -> None:
     removed = [child.resolve() for child in _written(Path(path))]
     for name, value in inputs.items():
         place = Path(value).expanduser().resolve() if value else None
-        if place is not None and any(r == place or r in place.parents for r in removed):
+        if place is None or not place.exists():
+            continue
+        if any(r == place or r in place.parents or place in r.parents for r in removed):
             raise ValueError(
-                f"{name} {value!r} lies in output_dir {path}: --overwrite would remove it"
+                f"{name} {value!r} and output_dir {path} share files that --overwrite would remove"
             )
 
 

@@ -72,7 +72,7 @@ def train(words: list[str], console: Console) -> None:
     from dudi.run import run_training
 
     command = shlex.join(["dudi", "train", *words])
-    run_training(script, config, console=console, command=command)
+    run_training(script, config, console=console, command=command, config_file=config_file)
 
 
 def _split_config(words: list[str]) -> tuple[str | None, list[str]]:

@@ -26,11 +26,17 @@ from transformers import TrainingArguments
 
 from dudi_kernels import DIVERGENCES
 
+BEST_METRICS = ("loss", "nll_per_char", "nll_per_token", "kl_to_teacher")
 REFERENCES = ("initial", "lagged", "teacher", "none")
 OVERLONG = ("truncate", "drop")
 COUNTS = (
     "reference_sync_steps", "max_prompt_length", "max_completion_length", "memory_budget",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "save_total_limit",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "learning_rate", "num_completions_to_print", "weight_decay", "max_grad_norm", "warmup_steps",
+    "dataloader_num_workers",
 )  # fmt: skip
 WEIGHTS = ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight")
 
@@ -220,8 +226,12 @@ class DuDiConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name in (*WEIGHTS, "learning_rate", "num_completions_to_print"):
-            _between(name, getattr(self, name), 0, math.inf)
+        for name in (*WEIGHTS, *NOT_NEGATIVE):
+            _between(name, getattr(self, name) or 0, 0, math.inf)
+        for name in ("logging_steps", "save_steps", "num_train_epochs"):
+            _between(name, getattr(self, name), 0, math.inf, low_open=True)
+        if self.max_steps != -1:
+            _between("max_steps", self.max_steps, 1, math.inf)
         for name in ("temperature", "rollout_temperature", "preference_beta"):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         _between("top_p", self.top_p, 0, 1, low_open=True)
@@ -265,6 +275,17 @@ class DuDiConfig(TrainingArguments):
             given = getattr(self, name)
             if given not in (value, None):
                 raise ValueError(f"{name} must be {value}: DuDiTrainer can't honour {given!r}")
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                "resume_from_checkpoint is not read from the configuration: pass --resume, or "
+                "train(resume_from_checkpoint=...)"
+            )
+        metric = (self.metric_for_best_model or "eval_loss").removeprefix("eval_")
+        if metric not in BEST_METRICS and not metric.endswith("_nll_per_char"):
+            raise ValueError(
+                f"metric_for_best_model must be one of {', '.join(BEST_METRICS)} or a language's "
+                f"xx_nll_per_char, got {self.metric_for_best_model!r}"
+            )
         for engine, chosen in (("DeepSpeed", self.deepspeed), ("FSDP", self.fsdp)):
             if chosen or _launched_with(engine.upper()):
                 raise ValueError(

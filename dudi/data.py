@@ -301,7 +301,7 @@ def _verbalized_messages(example: Example, text: str) -> list[dict[str, Any]]:
 def _chat_text(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"the tokenizer's chat template refuses the row: {error}") from error
 
 

@@ -329,6 +329,8 @@ def run_evaluation(
     console = console or Console()
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output must be a file, got the folder {str(output)!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     tokenizer = (
         load_tokenizer(tokenizer_name_or_path, "tokenizer_name_or_path")
         if tokenizer_name_or_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def _load(loader: Any, name: str, argument: str, kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"{argument} {name!r} does not exist")
     try:
         return loader(str(path) if path.is_dir() else name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         place = "" if path.exists() else "is neither a folder here nor a Hub id that "
         raise ValueError(f"{argument} {name!r} {place}can't be loaded: {error}") from error
 
@@ -56,16 +57,54 @@ def refuse_adapter(student: Any) -> None:
         )
 
 
-def adapter_settings(model: Any) -> dict[str, Any] | None:
-    """The settings of a PEFT model's active adapter, JSON-safe; None where there is none."""
+def adapter_settings(base: Any, model: Any) -> dict[str, Any] | None:
+    """The settings of a PEFT model's active adapter and a hash of what it adapts, JSON-safe; None
+    where there is no adapter."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         return None
     settings = configs[model.active_adapter].to_dict()
     passing = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-    return {
-        name: _json_safe(value) for name, value in sorted(settings.items()) if name not in passing
-    }
+    kept = {name: _json_safe(v) for name, v in sorted(settings.items()) if name not in passing}
+    return kept | {"base model": _frozen_hash(base)}
+
+
+def _frozen_hash(model: nn.Module) -> str:
+    """Of names, shapes and some values of the weights that are not trained."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            some = weight.detach().flatten()[:256].float().cpu().numpy()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
+    return digest.hexdigest()
+
+
+def check_positions(student: Any, teacher: Any, dataset: Any, args: Any) -> None:
+    """Raise for sequences longer than a table of learned positions: looking one up would fail."""
+    most = args.max_completion_length if args.needs_samples else 0
+    for who, model, column in (
+        ("student", student, "prompt_ids"),
+        ("teacher", teacher, "teacher_prompt_ids"),
+    ):
+        limit = None if model is None else _learned_positions(model)
+        if limit is None:
+            continue
+        for row in dataset.select_columns(["row", column, "completion_ids"]):
+            length = len(row[column]) + max(len(row["completion_ids"]), most)
+            if length > limit:
+                raise ValueError(
+                    f"row {row['row']} of the train dataset takes up to {length} tokens, the "
+                    f"{who} has {limit} positions: lower max_prompt_length or max_completion_length"
+                )
+
+
+def _learned_positions(model: Any) -> int | None:
+    """Rows of a position embedding; None where positions are computed."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and last in ("wpe", "embed_positions"):
+            return module.num_embeddings
+    return None
 
 
 def _json_safe(value: Any) -> Any:

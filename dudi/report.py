@@ -296,5 +296,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         ValueError: a folder without any of a run's files, or a file that cannot be parsed.
     """
     path = Path(run_dir) / "report.html" if output is None else Path(output)
+    if path.is_dir():
+        raise ValueError(f"output must be a file, got the folder {str(path)!r}")
     write_text(path, render(collect(run_dir)))
     return path

@@ -94,7 +94,10 @@ def _settings(info: dict[str, Any], children: Mapping[str, Path]) -> dict[str, d
         infos = {name: _read_json(path / "run.json") for name, path in children.items()}
     else:
         infos = {"": info}
-    merged = {
-        name: (own.get("script") or {}) | (own.get("config") or {}) for name, own in infos.items()
-    }
+    merged = {}
+    for name, own in infos.items():
+        parts = [own.get(key) or {} for key in ("script", "config")]
+        for part in parts:
+            checked_object(part, f"script and config in the run.json of {name or 'the run'}")
+        merged[name] = parts[0] | parts[1]
     return {name: options for name, options in merged.items() if options}

@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +25,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from dudi.callbacks import ConsoleProgress, write_text
 from dudi.checkpoints import (
@@ -32,7 +34,7 @@ from dudi.checkpoints import (
     clear_run,
     last_checkpoint,
 )
-from dudi.config import DuDiConfig, ScriptArguments, to_public_dict
+from dudi.config import DuDiConfig, ScriptArguments, nearest, to_public_dict
 from dudi.data import load_data
 from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
 from dudi.models import load_model, load_tokenizer, refuse_adapter
@@ -92,7 +94,18 @@ def build_model(script: ScriptArguments, config: DuDiConfig, tokenizer: Any) -> 
         **(script.model_config or {}),
     }
     set_seed(config.seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    return _new_model(settings)
+
+
+def _new_model(settings: dict[str, Any]) -> Any:
+    try:
+        known = AutoConfig.for_model(settings["model_type"]).to_dict().keys()
+        for name in settings:
+            if name not in known and name != "model_type":
+                raise ValueError(f"it has no setting {name!r}{nearest(name, known)}")
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    except Exception as error:
+        raise ValueError(f"model_config can't be built: {error}") from error
 
 
 def build_peft_config(script: ScriptArguments) -> Any:
@@ -132,6 +145,12 @@ def build_trainer(
             split=script.dataset_train_split,
         )
         test = load_test_set(script)
+    if test is None and config.eval_strategy != "no":
+        strategy = IntervalStrategy(config.eval_strategy).value
+        raise ValueError(
+            f"eval_strategy {strategy!r} needs a test set: give dataset_test_split or "
+            "dataset_test_name"
+        )
     return DuDiTrainer(
         model=build_model(script, config, tokenizer),
         args=config,
@@ -169,6 +188,8 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    for module in ("transformers", "peft"):  # of libraries to each other
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def console_style(trainer: DuDiTrainer, console: Console, label: str) -> None:
@@ -219,8 +240,19 @@ def _say_counts(trainer: DuDiTrainer, console: Console) -> None:
         console.print(f"[bold]data[/] {split}: {told}")
 
 
-def _check_inputs_stay(script: ScriptArguments, config: DuDiConfig) -> None:
+def _base_of(adapter: str | None) -> str | None:
+    """The base model that an adapter's folder names."""
+    path = Path(adapter or "") / "adapter_config.json"
+    found = _read(path).get("base_model_name_or_path") if adapter else None
+    return found if isinstance(found, str) else None
+
+
+def _check_inputs_stay(
+    script: ScriptArguments, config: DuDiConfig, config_file: str | None
+) -> None:
     inputs = {
+        "config": config_file,
+        "the base of the teacher": _base_of(config.teacher_model_name_or_path),
         "model_name_or_path": script.model_name_or_path,
         "tokenizer_name_or_path": script.tokenizer_name_or_path,
         "teacher_model_name_or_path": config.teacher_model_name_or_path,
@@ -265,29 +297,40 @@ def run_training(
     train: Any = None,
     test: Any = None,
     label: str = "train",
+    config_file: str | None = None,
 ) -> Path:
     """Run one recipe and return its folder.
 
-    `train` and `test` stand in for the datasets that `script` names. A Ctrl-C finishes the step,
-    saves a checkpoint and raises `Interrupted`; running again with `resume` goes on from there.
+    `train` and `test` stand in for the datasets that `script` names; `config_file` is where the
+    recipe was read from. A run that fails before its first step leaves nothing in the folder. A
+    Ctrl-C finishes the step, saves a checkpoint and raises `Interrupted`; running again with
+    `resume` goes on from there.
     """
     console = console or Console()
     quiet_libraries()
     check_output_dir(str(config.output_dir), resume=script.resume, overwrite=script.overwrite)
     if script.overwrite:
-        _check_inputs_stay(script, config)
+        _check_inputs_stay(script, config, config_file)
     trainer = build_trainer(script, config, train, test)
     console_style(trainer, console, label)
     info = describe(trainer, script, command)
     _say_counts(trainer, console)
     if script.resume:
         trainer.check_resumable()
+        info["started"] = _read(Path(str(config.output_dir)) / "run.json").get(
+            "started", info["started"]
+        )
     else:
         _begin_folder(trainer, info)
     try:
         return _train_and_evaluate(trainer, script, info, console)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(trainer)) from None
+    except Exception:
+        begun = trainer.state.global_step > 0 or script.resume
+        if not begun and trainer.is_world_process_zero():
+            clear_run(str(config.output_dir))
+        raise
 
 
 def _train_and_evaluate(

@@ -23,12 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import TrainOutput
 
 from dudi.callbacks import Continuity, MetricsFile, write_text
 from dudi.checkpoints import (
     CONFIG_FILE,
+    WINDOW_FILE,
     is_whole,
     last_checkpoint,
     model_mismatches,
@@ -41,6 +43,7 @@ from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
     check_models,
+    check_positions,
     disable_dropout,
     load_model,
     load_tokenizer,
@@ -51,8 +54,6 @@ from dudi.rollout import Rollout, generate
 from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
 from dudi_kernels import LMHead, linear_dudi_loss, sequence_log_prob
-
-WINDOW_FILE = "log_window.json"
 
 
 @dataclass
@@ -115,9 +116,11 @@ class DuDiTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # the adapter's first weights are drawn
             student = get_peft_model(student, peft_config)
         teacher = self._load_teacher(teacher_model, args)
         check_models(student, teacher)
+        self._check_reporting(args)
         if args.disable_dropout:
             disable_dropout(student)
 
@@ -125,6 +128,8 @@ class DuDiTrainer(Trainer):
         self.verbalizer = self._make_verbalizer(args, train_dataset)
         train_dataset = self._prepare(train_dataset, tokenizer, args, "train")
         eval_dataset = self._prepare(eval_dataset, tokenizer, args, "eval")
+        if train_dataset is not None:
+            check_positions(student, teacher, train_dataset, args)
         self._continuity = Continuity()
         super().__init__(
             model=student,
@@ -146,6 +151,7 @@ class DuDiTrainer(Trainer):
         self.reference = Reference(self.model) if needs_copy else None
         self.meter = Meter()
         self._step_rows: list[int] = []  # the dataset rows of this step
+        self._earlier_loss = 0.0  # summed over the steps before this process's
         self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
 
     # ---- construction --------------------------------------------------------------------------
@@ -171,6 +177,16 @@ class DuDiTrainer(Trainer):
             )
         argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
         return load_model(source, args.teacher_model_init_kwargs, argument)
+
+    @staticmethod
+    def _check_reporting(args: DuDiConfig) -> None:
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        try:
+            for callback in get_reporting_integration_callbacks(args.report_to):
+                callback()
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"report_to {args.report_to} can't be used: {error}") from error
 
     @staticmethod
     def _make_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
@@ -445,6 +461,9 @@ class DuDiTrainer(Trainer):
         if "loss" in logs:
             logs |= self.meter.drain(self.accelerator)
             logs["num_tokens"] = float(self.state.num_input_tokens_seen)
+        if "train_loss" in logs:  # of the whole run, not of the part since a checkpoint
+            whole = self._earlier_loss + self._total_loss_scalar
+            logs["train_loss"] = whole / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -567,7 +586,7 @@ class DuDiTrainer(Trainer):
         train: Any = self.train_dataset
         return {
             "config": to_public_dict(self.args),
-            "adapter": adapter_settings(self.model),
+            "adapter": adapter_settings(causal_lm(self.model), self.model),
             "data": {"rows": len(train), "content": content_hash(train)},
         }
 
@@ -584,6 +603,7 @@ class DuDiTrainer(Trainer):
         """Go on with the log window that the checkpoint cut in two."""
         if self._window is not None:
             self._tr_loss += self._window["loss"]
+            self._earlier_loss = self._window["total"]
             self._globalstep_last_logged = self._window["last_logged"]
             self.meter.load(self._window["meter"], self.accelerator.num_processes)
             self._window = None
@@ -594,6 +614,7 @@ class DuDiTrainer(Trainer):
             loss = self.accelerator.reduce(loss, "mean")
         self._window_to_save = {
             "loss": loss.item(),
+            "total": self._earlier_loss + self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "meter": self.meter.state(self.accelerator),
         }

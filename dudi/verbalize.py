@@ -171,6 +171,11 @@ class ContextVerbalizer:
                     "templates must map language codes (str) to jinja2 templates (str), "
                     f"got {language!r}: {type(source).__name__}"
                 )
+            if not language.strip() or not source.strip():
+                raise ValueError(
+                    "templates must map language codes to templates, neither of them empty, "
+                    f"got {language!r}: {source!r}"
+                )
             code = _normalise(language)
             self.templates[ALIASES.get(code, code)] = source
         self._compile()

@@ -175,7 +175,7 @@ def test_output_dir(tmp_path: Path) -> None:
         check_output_dir(tmp_path, resume=False, overwrite=True)
     with pytest.raises(ValueError, match="nothing to resume"):
         check_output_dir(tmp_path / "absent", resume=True, overwrite=False)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"config": {}, "environment": {}}')
     check_output_dir(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "file").exists()  # checking deletes nothing
     (tmp_path / ".git").mkdir()

@@ -43,6 +43,7 @@ def train(models: dict[str, str], folder: Path, *more: str, **options: Any) -> i
         "max_completion_length": 6,
         "report_to": "none",
         "use_cpu": True,
+        "logging_steps": 1,
     }
     return cli.main(["train", *words(models | settings | options), *more])
 
@@ -93,7 +94,7 @@ def test_overwriting_keeps_what_is_not_the_run_s(
     (folder / "notes.txt").write_text("mine")
     inside = models | {"model_name_or_path": str(folder / "model")}
     assert train(inside, folder, "--overwrite") == 2
-    assert "--overwrite would remove it" in error_of(capsys)
+    assert "--overwrite would remove" in error_of(capsys)
     assert (folder / "model" / "model.safetensors").exists()
     assert train(models, folder, "--overwrite", max_steps=1) == 0
     assert (folder / "notes.txt").read_text() == "mine"
@@ -165,6 +166,19 @@ def test_a_run_that_is_not_finite_is_told_in_a_line(
         ({"tokenizer_name_or_path": "./none"}, "tokenizer_name_or_path './none' does not exist"),
         ({"dataset_name": "./none.jsonl"}, "dataset file or folder './none.jsonl'"),
         ({"fp16": True}, "fp16 needs a GPU"),
+        ({"report_to": "wandb"}, "report_to"),
+        ({"max_steps": 0}, "max_steps must be"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be"),
+        ({"weight_decay": -1}, "weight_decay must be"),
+        ({"save_steps": 0}, "save_steps must be"),
+        ({"resume_from_checkpoint": "x"}, "pass --resume"),
+        ({"metric_for_best_model": "nope"}, "metric_for_best_model must be one of"),
+        ({"eval_strategy": "steps"}, "needs a test set"),
+        ({"model_init_kwargs": "{dtype: foo}"}, "model_name_or_path"),
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"optim_args": "foo"}, "unpack"),
+        ({"memory_budget": 1}, "memory_budget must be at least"),
+        ({"verbalizer_templates": "{id: ' '}"}, "neither of them empty"),
     ],
 )
 def test_bad_input_leaves_nothing(
@@ -177,9 +191,92 @@ def test_bad_input_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = tmp_path / "run"
-    assert train(models | change, folder) == 2
+    assert train(models, folder, **change) == 2
+    assert message in error_of(capsys)
+    assert not folder.exists() or not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{model_type: llama, num_hiden_layers: 3}", "did you mean 'num_hidden_layers'?"),
+        ("{model_type: llama, hidden_size: abc}", "model_config can't be built"),
+        ("{model_type: gpt2, n_positions: 8, n_embd: 32, n_layer: 1, n_head: 2}", "8 positions"),
+    ],
+)
+def test_bad_model_configs(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: str,
+    message: str,
+) -> None:
+    folder = tmp_path / "run"
+    student = models.pop("model_name_or_path")
+    options = {"tokenizer_name_or_path": student, "model_config": settings}
+    assert train(models, folder, **options) == 2
     assert message in error_of(capsys)
     assert not folder.exists()
+
+
+def test_only_a_run_of_ours_is_overwritten(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    for name in ("checkpoint-100", "model"):
+        (other / name).mkdir(parents=True)
+        (other / name / "mine.txt").write_text("mine")
+    assert train(models, other, "--overwrite") == 2
+    assert "holds no run" in error_of(capsys)
+    folder = tmp_path / "run"
+    assert train(models, folder) == 0
+    for name in ("checkpoint-best", "notes.tmp"):
+        (folder / name).write_text("mine")
+    data = folder / "model" / "data.jsonl"
+    data.write_text(Path(models["dataset_name"]).read_text())
+    assert train(models | {"dataset_name": str(data)}, folder, "--overwrite") == 2
+    assert "--overwrite would remove" in error_of(capsys)
+    assert train(models, folder, "--overwrite") == 0
+    assert (folder / "checkpoint-best").exists() and (folder / "notes.tmp").exists()
+
+
+def test_a_checkpoint_without_the_optimizer_is_not_resumed(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train(models, folder, save_only_model=True) == 0
+    assert train(models, folder, "--resume", max_steps=3) == 2
+    assert "no whole checkpoint" in error_of(capsys)
+
+
+def test_an_adapter_resumes_on_its_own_base_only(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    adapter = ("--use_peft", "--lora_target_modules", "[q_proj]")
+    assert train(models, folder, *adapter) == 0
+    first = (folder / "metrics.jsonl").read_text()
+    other = models | {"model_name_or_path": models["teacher_model_name_or_path"]}
+    assert train(other, folder, *adapter, "--resume") == 2
+    assert "adapter base model was" in error_of(capsys)
+    again = tmp_path / "again"
+    assert train(models, again, *adapter) == 0  # the seed draws the adapter too
+    steps = [
+        [json.loads(line)["loss"] for line in text.splitlines() if '"loss"' in line]
+        for text in (first, (again / "metrics.jsonl").read_text())
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("name", ["dudi_config.json", "model.safetensors"])
+def test_a_broken_checkpoint_is_told_in_a_line(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = tmp_path / "run"
+    assert train(models, folder) == 0
+    (folder / "checkpoint-2" / name).write_text("{}")
+    assert train(models, folder, "--resume") == 2
+    assert name in error_of(capsys)
 
 
 def test_config_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:

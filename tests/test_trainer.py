@@ -159,6 +159,8 @@ def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) ->
     resumed = make(tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    ends = [read_jsonl(tmp_path / name / "metrics.jsonl")[-1] for name in ("cut", "whole")]
+    assert ends[0]["train_loss"] == pytest.approx(ends[1]["train_loss"], rel=1e-6)
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -206,7 +206,7 @@ def test_chunks_hold_whole_pairs():
         [(27, 36), (36, 37)],
     ]
     assert _groups(starts, Plan(9, 1, 10), True) == [[(0, 8)], [(8, 18)], [(18, 27)], [(27, 37)]]
-    assert _groups(starts, Plan(30, 1, 40), False) == [[(0, 30)], [(30, 37)]]
+    assert _groups(starts, Plan(30, 1, 40), False) == [[(0, 19)], [(19, 37)]]
 
 
 def test_no_rows_and_three_dimensions():
