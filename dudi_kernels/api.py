@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dudi_kernels import checks
 from dudi_kernels.checks import Head, Rows
+from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import DEFAULT_BUDGET
 from dudi_kernels.prepare import (
@@ -40,6 +41,7 @@ class DistillLoss(NamedTuple):
     teacher_entropy: Tensor  # (N,) of the teacher at temperature 1
 
 
+@traceable("student_hidden", "student_head", result=DistillLoss)
 def linear_distill_loss(
     student_hidden: Tensor,  # (N, D)
     student_head: Head,  # (V, D)
@@ -129,6 +131,7 @@ class DistillRows(NamedTuple):
     teacher_entropy: Tensor  # (N,) of the teacher at temperature 1, detached
 
 
+@traceable("student_hidden", "student_head", result=DistillRows, per_row=True)
 def linear_distill(
     student_hidden: Tensor,  # (N, D)
     student_head: Head,  # (V, D)
@@ -235,6 +238,7 @@ def _weighted_sweep(
     return retain(student, task, backend, combine)
 
 
+@traceable("hidden", "head", per_row=lambda given: given.get("reduction") == "none")
 def linear_cross_entropy(
     hidden: Tensor,  # (N, D)
     head: Head,  # (V, D)
@@ -275,6 +279,7 @@ def linear_cross_entropy(
     return loss
 
 
+@traceable("hidden", "head", per_row=True)
 def linear_log_prob(
     hidden: Tensor,  # (N, D)
     head: Head,  # (V, D)
@@ -313,6 +318,7 @@ def linear_log_prob(
     return counted.put_back(values)
 
 
+@traceable("hidden", "head", per_row=True)
 def sequence_log_prob(
     hidden: Tensor,  # (N, D)
     head: Head,  # (V, D)
@@ -332,7 +338,8 @@ def sequence_log_prob(
         torch.stack([linear_log_prob(...)[segment_ids == s].sum() for s in range(S)])
 
     Returns:
-        (S,) fp32 nats, S = `num_segments` or the largest segment id + 1; 0 for one without rows.
+        (S,) fp32 nats, S = `num_segments` (needed under torch.compile) or the largest segment
+        id + 1; 0 for one without rows.
 
     Raises:
         ValueError, TypeError: as `linear_log_prob`; segment ids that decrease, are negative or

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dudi_kernels import checks
 from dudi_kernels.checks import Head, Rows
+from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import DEFAULT_BUDGET, Plan
 from dudi_kernels.prepare import (
@@ -89,6 +90,7 @@ class Packing(NamedTuple):
         return Packing(own - first, self.lengths[whole], []), whole
 
 
+@traceable("student_hidden", "student_head", result=DuDiLoss)
 def linear_dudi_loss(
     student_hidden: Tensor,  # (N, D)
     student_head: Head,  # (V, D)
@@ -113,6 +115,7 @@ def linear_dudi_loss(
     off_policy_rows: Denominator = None,
     on_policy_rows: Denominator = None,
     pairs: Denominator = None,
+    num_pairs: int | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DuDiLoss:
@@ -146,6 +149,8 @@ def linear_dudi_loss(
             out), "teacher" for the teacher's own at no extra forward, or None for no reference.
         off_policy_rows, on_policy_rows, pairs: denominators over the global batch (all ranks and
             accumulation steps); None means the counts in this call.
+        num_pairs: how many pairs there are, the last ones perhaps without rows; by default what the
+            segment ids say. Needed under torch.compile.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -161,7 +166,7 @@ def linear_dudi_loss(
     """
     student = with_low(checks.side("student", student_hidden, student_head))
     flat = checks.targets(targets, student, None)
-    packing = _packing(checks.segment_ids(segment_ids, student))
+    packing = _packing(checks.segment_ids(segment_ids, student), num_pairs)
     _check_settings(
         off_policy_weight=off_policy_weight,
         on_policy_weight=on_policy_weight,
@@ -302,8 +307,11 @@ def _check_settings(**weights: float) -> None:
         checks.number(name, value, 0, math.inf)
 
 
-def _packing(segments: Tensor) -> Packing:
-    count = 2 * (int(segments[-1]) // 2 + 1) if len(segments) else 0
+def _packing(segments: Tensor, num_pairs: int | None) -> Packing:
+    least = int(segments[-1]) // 2 + 1 if len(segments) else 0
+    if num_pairs is not None and num_pairs < least:
+        raise ValueError(f"num_pairs must be at least {least}, got {num_pairs}")
+    count = 2 * (least if num_pairs is None else num_pairs)
     lengths = torch.bincount(segments, minlength=count)
     return Packing(segments, lengths, [0, *lengths.cumsum(0).tolist()])
 
