@@ -18,6 +18,7 @@ from dudi_kernels.cost import MemoryPlan, plan_memory
 from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
+from dudi_kernels.topk import TopKTeacher
 
 __all__ = [
     "DIVERGENCES",
@@ -28,6 +29,7 @@ __all__ = [
     "LMHead",
     "LoRA",
     "MemoryPlan",
+    "TopKTeacher",
     "linear_cross_entropy",
     "linear_distill",
     "linear_distill_loss",

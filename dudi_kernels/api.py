@@ -9,8 +9,9 @@ log-probabilities are in nats. `three_signals.py` has `linear_dudi_loss`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ from dudi_kernels.prepare import (
     row_wise,
     wanted_gradients,
 )
-from dudi_kernels.sweep import RowValues, Span, Task, chunks, even
+from dudi_kernels.sweep import RowValues, Span, Sweep, Task, chunks, even
+from dudi_kernels.topk import TopKSweep, TopKTask, TopKTeacher
 
 
 class DistillLoss(NamedTuple):
@@ -45,8 +47,8 @@ class DistillLoss(NamedTuple):
 def linear_distill_loss(
     student_hidden: Tensor,  # (N, D)
     student_head: Head,  # (V, D)
-    teacher_hidden: Tensor,  # (N, E)
-    teacher_head: Head,  # (V, E)
+    teacher_hidden: Tensor | TopKTeacher,  # (N, E)
+    teacher_head: Head | None = None,  # (V, E)
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -74,6 +76,8 @@ def linear_distill_loss(
     the teacher gets none. They are made in the forward call, so `backward` works once.
 
     Args:
+        teacher_hidden: or a `TopKTeacher`, with no `teacher_head`: the divergence is then over its
+            tokens and one bucket with the rest of the vocabulary, at temperature 1.
         divergence: a name in `DIVERGENCES`; `beta` in (0, 1) belongs to jsd (the teacher's share)
             and jeffreys (the weight of forward KL), `alpha` in (0, 1) to the skew divergences, both
             (positive) to alpha_beta. No factor of temperature squared.
@@ -97,8 +101,6 @@ def linear_distill_loss(
     (skew); f-distill, 2307.15190 (total variation); ABKD, 2505.04560 (alpha-beta).
     """
     student = checks.side("student", student_hidden, student_head)
-    teacher = checks.side("teacher", teacher_hidden, teacher_head)
-    checks.pair_of_sides(student, teacher)
     measure = checks.divergence("divergence", divergence, beta, alpha)
     temperatures = checks.temperatures(temperature, teacher_temperature)
     checks.number("ce_weight", ce_weight, 0, math.inf)
@@ -108,17 +110,25 @@ def linear_distill_loss(
     weight = None if token_weight is None else checks.token_weight(token_weight, student)
 
     counted = Counted(student, flat, ignore_index)
-    loss, values = _weighted_sweep(
-        counted.rows(student),
-        counted.rows(teacher),
-        measure,
-        None if flat is None else counted.pick(flat),
-        None if weight is None else counted.pick(weight),
-        ce_weight,
-        temperatures,
-        pick_backend(backend),
-        memory_budget,
-    )
+    settings: dict[str, Any] = {
+        "measure": measure,
+        "targets": None if flat is None else counted.pick(flat),
+        "weight": None if weight is None else counted.pick(weight),
+        "ce_weight": ce_weight,
+        "backend": pick_backend(backend),
+        "memory_budget": memory_budget,
+    }
+    if isinstance(teacher_hidden, TopKTeacher):
+        ids, log_probs = checks.top_k(teacher_hidden, teacher_head, student, temperatures)
+        loss, values = _topk_sweep(
+            counted.rows(student), counted.pick(ids), counted.pick(log_probs), **settings
+        )
+    else:
+        teacher = checks.side("teacher", teacher_hidden, teacher_head)
+        checks.pair_of_sides(student, teacher)
+        loss, values = _weighted_sweep(
+            counted.rows(student), counted.rows(teacher), temperatures=temperatures, **settings
+        )
     own = values.log_prob if targets is not None else torch.full_like(values.log_prob, torch.nan)
     per_row = (values.divergence, own, values.entropy, values.teacher_entropy)
     return DistillLoss(loss, *map(counted.put_back, per_row))
@@ -211,15 +221,7 @@ def _weighted_sweep(
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
     plan = make_plan(learner, guide, [measure], backend, memory_budget)
-    if weight is None:
-        weight = torch.full((rows,), 1 / max(rows, 1), device=student.hidden.device)
-
-    def combine(values: RowValues) -> Tensor:
-        own = values.divergence
-        if ce_weight:
-            own = own - ce_weight * values.log_prob
-        return torch.where(weight == 0, 0, weight * own).sum()  # no 0 * inf
-
+    weight = _or_mean(weight, student)
     task = Task(
         student=learner,
         teacher=guide,
@@ -235,7 +237,55 @@ def _weighted_sweep(
         plan=plan,
         needs=wanted_gradients(student),
     )
-    return retain(student, task, backend, combine)
+    return retain(student, Sweep(task, backend), _combined(weight, ce_weight))
+
+
+def _or_mean(weight: Tensor | None, student: Rows) -> Tensor:
+    rows = len(student.hidden)
+    if weight is not None:
+        return weight
+    return torch.full((rows,), 1 / max(rows, 1), device=student.hidden.device)
+
+
+def _combined(weight: Tensor, ce_weight: float) -> Callable[[RowValues], Tensor]:
+    """The loss from per-row values."""
+
+    def combine(values: RowValues) -> Tensor:
+        own = values.divergence
+        if ce_weight:
+            own = own - ce_weight * values.log_prob
+        return torch.where(weight == 0, 0, weight * own).sum()  # no 0 * inf
+
+    return combine
+
+
+def _topk_sweep(
+    student: Rows,
+    ids: Tensor,  # (N, k)
+    log_probs: Tensor,  # (N, k)
+    measure: Measure,
+    targets: Tensor | None,  # (N,)
+    weight: Tensor | None,  # (N,)
+    ce_weight: float,
+    backend: ModuleType,
+    memory_budget: int,
+) -> tuple[Tensor, RowValues]:
+    rows = len(student.hidden)
+    learner, weight = as_side(student), _or_mean(weight, student)
+    plan = make_plan(learner, None, [None], backend, memory_budget)
+    task = TopKTask(
+        student=learner,
+        ids=ids,
+        log_probs=log_probs,
+        measure=measure,
+        targets=targets,
+        weight=weight,
+        coefficient=weight * -ce_weight,
+        chunks=chunks(0, rows, even(rows, plan.chunk_rows)),
+        tile_rows=plan.tile_rows,
+        needs=wanted_gradients(student),
+    )
+    return retain(student, TopKSweep(task, backend), _combined(weight, ce_weight))
 
 
 @traceable("hidden", "head", per_row=lambda given: given.get("reduction") == "none")

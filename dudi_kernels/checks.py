@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 from torch import bool as torch_bool
 
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
+
+if TYPE_CHECKING:
+    from dudi_kernels.topk import TopKTeacher
 
 Head = LMHead | Tensor
 
@@ -80,7 +83,7 @@ class Rows(NamedTuple):
         return self.hidden, head.weight, head.bias, self.low, b
 
 
-def side(who: str, hidden: Tensor, head: Head) -> Rows:
+def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
     """Check one side and flatten (..., D) to (N, D)."""
     name = f"{who}_hidden" if who else "hidden"
     head_name = f"{who}_head" if who else "head"
@@ -116,6 +119,32 @@ def pair_of_sides(student: Rows, teacher: Rows) -> None:
             f"{student.head.vocab_size} rows, teacher_head {teacher.head.vocab_size}. If the "
             "tokenizer is the same and a head is only padded, cut or resize one to the other's size"
         )
+
+
+def top_k(
+    teacher: TopKTeacher, head: object, student: Rows, temperatures: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """(N, k) ids and float64 log-probabilities."""
+    if head is not None:
+        raise ValueError("teacher_head must not be given with a TopKTeacher")
+    if temperatures != (1.0, 1.0):
+        raise ValueError(
+            "temperature must be 1 with a TopKTeacher, whose log-probabilities have one of their "
+            f"own, got {temperatures}"
+        )
+    ids, log_probs = teacher.ids.flatten(0, -2), teacher.log_probs.detach().flatten(0, -2)
+    if len(ids) != len(student.hidden):
+        raise ValueError(
+            f"the TopKTeacher must have {len(student.hidden)} rows as student_hidden, "
+            f"got {len(ids)}"
+        )
+    device = student.hidden.device
+    if not ids.device == log_probs.device == device:
+        raise ValueError(f"the TopKTeacher must be on {device} as student_hidden is")
+    size = student.head.vocab_size
+    if (i := _first(((ids < 0) | (ids >= size)).any(1))) is not None:
+        raise ValueError(f"ids must be in [0, {size}), those of row {i} are not")
+    return ids.long(), log_probs.double()
 
 
 def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Tensor:

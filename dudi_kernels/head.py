@@ -215,7 +215,7 @@ class LMHead:
             )
 
 
-def as_head(head: LMHead | Tensor, name: str) -> LMHead:
+def as_head(head: LMHead | Tensor | None, name: str) -> LMHead:
     """A bare weight stands for a head without bias, softcap and scale."""
     if isinstance(head, LMHead):
         return head

@@ -134,7 +134,7 @@ def even(rows: int, size: int) -> int:
     return max(1, -(-rows // max(1, -(-rows // size))))
 
 
-class _Sweep:
+class Sweep:
     """Buffers, state and results of one *retain* sweep."""
 
     def __init__(self, task: Task, backend: ModuleType):
@@ -300,13 +300,11 @@ class Retain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        task: Task,
-        backend: ModuleType,
+        sweep: Any,  # Sweep, or another with `run` and `grads`
         combine: Callable[[RowValues], Tensor],  # the loss
         *inputs: Tensor | None,  # in the order of Needs
     ) -> tuple[Tensor, ...]:
-        sweep = _Sweep(task, backend)
-        with no_autocast(task.weight.device):
+        with no_autocast(sweep.task.weight.device):
             values = sweep.run()
             loss = combine(values)
         ctx.grads = sweep.grads
@@ -319,7 +317,7 @@ class Retain(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * (3 + len(ctx.dtypes))
+            return (None,) * (2 + len(ctx.dtypes))
         if ctx.grads is None:
             raise RuntimeError(
                 "backward through a fused loss a second time: its gradients were made in the "
@@ -332,4 +330,4 @@ class Retain(torch.autograd.Function):
             None if g is None else (g if one else g.mul_(grad)).to(dtype)
             for g, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (None, None, None, *scaled)
+        return (None, None, *scaled)

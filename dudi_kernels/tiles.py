@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dudi_kernels.divergences import Measure
+from dudi_kernels.divergences import TINY, Helpers, Measure
 from dudi_kernels.head import LMHead
 
 STUDENT_POLE, TEACHER_POLE = 1, 2  # who masks a token that the other gives mass
@@ -100,6 +100,21 @@ class RowState:
     @property
     def teacher_log_prob(self) -> Tensor:
         return (self.teacher_target - self.teacher_log_sum).float()
+
+
+def helpers(
+    measure: Measure, p: Tensor, lp: Tensor, q: Tensor, lq: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """x, y and z of a divergence."""
+    match measure.helpers:
+        case Helpers.NONE:
+            return None, None, None
+        case Helpers.MIXTURE:
+            mixture = torch.lerp(q, p, measure.a).clamp_(min=TINY)
+            return mixture, mixture.log(), None
+        case Helpers.POWERS:
+            both = measure.a + measure.b
+            return (measure.a * lp + measure.b * lq).exp(), (both * lp).exp(), (both * lq).exp()
 
 
 def smooth_mask(measure: Measure) -> int:

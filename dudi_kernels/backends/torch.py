@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.backends import native
-from dudi_kernels.divergences import FLOOR, TINY, Helpers, Measure
+from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import BLOCK
 from dudi_kernels.sweep import Gradients, Side
 from dudi_kernels.tiles import (
@@ -23,6 +23,7 @@ from dudi_kernels.tiles import (
     Setting,
     Steps,
     Tile,
+    helpers,
     smooth_mask,
 )
 
@@ -195,7 +196,7 @@ def _sums_and_gradient(
                 tile.teacher, state.teacher_tempered_log_sum[own], setting.teacher_inv_tau, masked
             )
             q, p = lq.exp(), lp.exp()
-        phi, g = measure.terms(p, lp, q, lq, *_helpers(measure, p, lp, q, lq), measure.a, measure.b)
+        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), measure.a, measure.b)
         if wanted.sums:
             state.divergence[own] += phi.sum(1)
             state.g_sum[own] += g.sum(1)
@@ -205,20 +206,6 @@ def _sums_and_gradient(
                 state.poles[own] |= hits.int()
     if wanted.gradient:
         _gradient(setting, state, tile, own, lq1, q1, q, g)
-
-
-def _helpers(
-    measure: Measure, p: Tensor, lp: Tensor, q: Tensor, lq: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    match measure.helpers:
-        case Helpers.NONE:
-            return None, None, None
-        case Helpers.MIXTURE:
-            mixture = torch.lerp(q, p, measure.a).clamp_(min=TINY)
-            return mixture, mixture.log(), None
-        case Helpers.POWERS:
-            both = measure.a + measure.b
-            return (measure.a * lp + measure.b * lq).exp(), (both * lp).exp(), (both * lq).exp()
 
 
 def _gradient(
@@ -245,11 +232,11 @@ def _gradient(
         torch.addcmul(g, q, g_sum[:, None], value=-1, out=logits)
         logits.mul_(weight[:, None])
     if state.coefficient is not None:
-        assert setting.targets is not None
         coefficient = state.coefficient[own, None]
         logits.addcmul_(q1, coefficient, value=-1)
-        inside, index = _inside(setting.targets[own] - tile.first_column, logits.shape[1])
-        logits.scatter_add_(1, index, coefficient * inside[:, None])
+        if setting.targets is not None:
+            inside, index = _inside(setting.targets[own] - tile.first_column, logits.shape[1])
+            logits.scatter_add_(1, index, coefficient * inside[:, None])
     if state.entropy_weight is not None:
         surprise = lq1.add_(state.entropy[own, None]).mul_(q1)
         logits.addcmul_(surprise, state.entropy_weight[own, None], value=-1)
