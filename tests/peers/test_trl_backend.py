@@ -19,7 +19,7 @@ from trl import DistillationConfig, DistillationTrainer
 pytestmark = pytest.mark.filterwarnings(  # trl's default, by the name that transformers gives up
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )
-RTOL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # bf16: both round gradients, body and all
+RTOL = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # the errors of two, all rounded in bf16
 
 
 def make_trainer(
