@@ -166,7 +166,7 @@ def _liger_kd(name: str) -> Run:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         loss = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=TRAINER_BETA[name], compiled=False
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=TRAINER_BETA[name]
         )
         return loss(*sides(x), x.targets)
 

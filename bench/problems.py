@@ -1,7 +1,7 @@
 """The shapes that are measured, and tensors for them.
 
-Published shapes of real pairs of models, with hidden states and weights drawn so that the
-distributions are peaked as a language model's are; `smollm2` has the real ones of SmolLM2-135M on
+Published shapes of real pairs of models, with hidden states and weights drawn so that each row has
+a likely token, as a language model's has; `smollm2` has the real ones of SmolLM2-135M on
 the embedded strings, the teacher being the model itself and the student a noisy copy.
 """
 
@@ -71,6 +71,12 @@ class Problem:
         return (self.hidden, count), (self.weight, len(self.weight))
 
 
+def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The teacher's first choice for each row, as targets."""
+    parts = [part @ weight.t() for part in hidden.split(64)]
+    return torch.cat([part.argmax(1) for part in parts]) if parts else hidden.new_zeros(0).long()
+
+
 def segments_of(rows: int) -> Tensor:
     """Pairs of sequences of about 32 rows."""
     sequences = 2 * max(1, rows // 64)
@@ -86,30 +92,27 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     else:
         tensors = _drawn(shape)
     hidden, weight, teacher_hidden, teacher_weight = (t.to(device, dtype) for t in tensors)
-    generator = torch.Generator().manual_seed(1)
     return Problem(
         hidden.requires_grad_(),
         weight.requires_grad_(),
         teacher_hidden,
         teacher_weight,
-        torch.randint(len(weight), (shape.rows,), generator=generator).to(device),
+        likeliest(teacher_hidden, teacher_weight),
         segments_of(shape.rows).to(device),
     )
 
 
+SPREAD, PEAK = 1.5, 13.5  # of a row's logits; how far its likeliest token stands out
+
+
 def _drawn(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits of standard deviation 3, those of both sides half in common."""
+    """Peaked rows: each has a likely token, the same for both sides; all else is noise."""
     generator = torch.Generator().manual_seed(0)
+    likely = torch.randint(shape.vocab_size, (shape.rows,), generator=generator)
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+    def side(width: int) -> tuple[Tensor, Tensor]:
+        weight = torch.randn(shape.vocab_size, width, generator=generator)
+        noise = torch.randn(shape.rows, width, generator=generator) * SPREAD / width**0.5
+        return noise + PEAK * weight[likely] / width, weight
 
-    shared = min(shape.width, shape.teacher_width) // 2
-    hidden, teacher_hidden = draw(shape.rows, shape.width), draw(shape.rows, shape.teacher_width)
-    weight = draw(shape.vocab_size, shape.width)
-    teacher_weight = draw(shape.vocab_size, shape.teacher_width)
-    teacher_hidden[:, :shared] = hidden[:, :shared]
-    teacher_weight[:, :shared] = weight[:, :shared]
-    weight.mul_(3 / shape.width**0.5)
-    teacher_weight.mul_(3 / shape.teacher_width**0.5)
-    return hidden, weight, teacher_hidden, teacher_weight
+    return *side(shape.width), *side(shape.teacher_width)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import torch
+
+from dudi_kernels.plan import DEFAULT_BUDGET
 
 MB = 1e6
 HEADINGS = ("task", "contender", "s", "time / floor", "workspace, MB", "gradient error")
@@ -71,6 +75,57 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+# ---- what the project promises -------------------------------------------------------------------
+
+PEERS = ("dense", "trl", "liger", "orda", "cut-cross-entropy")
+
+
+def promises(results: Results) -> list[dict[str, Any]]:
+    """Figures that a reader asks for first, each from this session's cases."""
+    found: list[dict[str, Any]] = []
+    ours = {(s, t): case for (s, t, c), case in results.cases.items() if c == "ours"}
+    for (shape, task), case in ours.items():
+        if "ratio" in case:
+            found.append(_line(shape, task, "time / bare GEMMs", case["ratio"]))
+        others = {
+            name: other["ratio"] / case["ratio"]
+            for name in PEERS
+            if "ratio" in case and "ratio" in (other := results.cases.get((shape, task, name), {}))
+        }
+        if others:
+            fastest = min(others, key=lambda name: others[name])
+            found.append(_line(shape, task, f"speed beside {fastest}, the next", others[fastest]))
+        if (space := workspace(case)) is not None:
+            found.append(_line(shape, task, "workspace / memory_budget", space / DEFAULT_BUDGET))
+    for shape in dict.fromkeys(shape for shape, _ in ours):
+        kd, three = (ours.get((shape, t), {}).get("ratio") for t in ("forward_kl", "three_signals"))
+        if kd and three:
+            found.append(_line(shape, "three_signals", "time / KD alone", three / kd))
+    for (axis, contender), points in results.sweeps.items():
+        slope = _slope([(point[axis], point["seconds"]) for point in points])
+        found.append(_line(f"over {axis}", contender, "log-log slope of time", slope))
+    return found
+
+
+def _line(shape: str, task: str, what: str, value: float) -> dict[str, Any]:
+    return {"shape": shape, "task": task, "what": what, "value": round(value, 3)}
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    """Least squares in logarithms."""
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
+    return linear_regression(xs, ys).slope if len(set(xs)) > 1 else math.nan
+
+
+def promise_table(results: Results) -> str:
+    lines = ["\n## In short\n", "| shape | task | figure | value |", "|---|---|---|---|"]
+    lines += [
+        f"| {p['shape']} | {p['task']} | {p['what']} | {p['value']:.2f} |"
+        for p in promises(results)
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _cells(task: str, contender: str, case: dict[str, Any]) -> list[str]:
     space = workspace(case)
     return [
@@ -91,6 +146,7 @@ def write_all(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "environment": environment(),
+        "promises": promises(results),
         "cases": [
             {"shape": shape, "task": task, "contender": contender, **case}
             for (shape, task, contender), case in results.cases.items()
@@ -105,7 +161,7 @@ def write_all(results: Results, folder: Path) -> None:
         ],
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (folder / "table.md").write_text(table(results), encoding="utf-8")
+    (folder / "table.md").write_text(table(results) + promise_table(results), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
         from bench.plots import draw
 

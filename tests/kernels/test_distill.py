@@ -113,7 +113,8 @@ def test_close_pairs_in_bf16(divergence, backend):
     """bf16 logits ruin the gradient where student and teacher are close; fp32 logits do not."""
     student = make_side(64, 700, 32, torch.bfloat16)
     noise = 1 + 0.01 * torch.randn(700, 32)
-    teacher = Side(student.hidden, (student.weight.detach() * noise).bfloat16(), None, None, 1.0)
+    hidden = student.hidden.detach()  # a shared leaf would get the teacher's gradient as well
+    teacher = Side(hidden, (student.weight.detach() * noise).bfloat16(), None, None, 1.0)
     want, guide = student.double(), teacher.double()
     textbook(want, guide, divergence, 1.0)[0].backward()
 
