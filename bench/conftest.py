@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,12 @@ def dtype(device: str) -> torch.dtype:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash[RESULTS]
     if found.cases:
-        write_all(found, Path(session.config.getoption("--results")))
+        folder = Path(session.config.getoption("--results"))
+        write_all(found, folder)
+        if importlib.util.find_spec("matplotlib") is not None:
+            from bench.plots import draw
+
+            draw(found, folder)
 
 
 @pytest.fixture(autouse=True)

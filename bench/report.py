@@ -1,8 +1,7 @@
-"""What a session measured: summary.json, a Markdown table, and plots where matplotlib is there."""
+"""What a session measured, as summary.json and as tables in Markdown."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -162,7 +161,3 @@ def write_all(results: Results, folder: Path) -> None:
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / "table.md").write_text(table(results) + promise_table(results), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is not None:
-        from bench.plots import draw
-
-        draw(results, folder)

@@ -28,7 +28,6 @@ from dudi_kernels.tiles import (
     Steps,
     Tile,
     infinite_mask,
-    may_mask,
 )
 
 
@@ -56,16 +55,9 @@ class _Pass:
         size = rows * min(job.block, head.vocab_size)
         new = partial(empty, device=job.student.hidden.device)
         self.buffers = new(size), new(size if job.teacher is not None else 0)
-        self.setting = Setting(
-            vocabulary=head.vocab_size,
-            targets=job.targets,
-            inv_tau=job.inv_tau,
-            teacher_inv_tau=job.teacher_inv_tau,
-            softcap=head.softcap,
-            scale=head.scale,
-            masked=may_mask(head, job.teacher.head if job.teacher else None),
-            tile_rows=job.tile_rows,
-        )
+        other = None if job.teacher is None else job.teacher.head
+        inv_taus = (job.inv_tau, job.teacher_inv_tau)
+        self.setting = Setting.of(head, other, job.targets, inv_taus, job.tile_rows)
 
     def blocks(self) -> Iterator[tuple[Tile, Side]]:
         """Tiles of fresh logits, and the student's side of those columns."""

@@ -20,7 +20,7 @@ from dudi_kernels.divergences import Measure
 from dudi_kernels.head import LMHead
 from dudi_kernels.memory import empty
 from dudi_kernels.plan import Plan
-from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask, may_mask
+from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
 
 Chunk = tuple[int, int]  # rows [start, stop)
 
@@ -146,16 +146,9 @@ class Sweep:
         self.teacher = new() if task.teacher is not None else None
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = self._known_coefficients()
-        self.setting = Setting(
-            vocabulary=head.vocab_size,
-            targets=task.targets,
-            inv_tau=task.inv_tau,
-            teacher_inv_tau=task.teacher_inv_tau,
-            softcap=head.softcap,
-            scale=head.scale,
-            masked=may_mask(head, task.teacher.head if task.teacher else None),
-            tile_rows=task.plan.tile_rows,
-        )
+        other = None if task.teacher is None else task.teacher.head
+        inv_taus = (task.inv_tau, task.teacher_inv_tau)
+        self.setting = Setting.of(head, other, task.targets, inv_taus, task.plan.tile_rows)
         self.grads = new_gradients(task.student, task.needs)
         self.filled = False  # whether the weight's gradient has been written to
 

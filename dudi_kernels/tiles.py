@@ -48,6 +48,27 @@ class Setting(NamedTuple):
     masked: bool  # whether a logit may be -inf
     tile_rows: int  # for a backend that needs temporaries
 
+    @classmethod
+    def of(
+        cls,
+        student: LMHead,
+        teacher: LMHead | None,
+        targets: Tensor | None,
+        inv_taus: tuple[float, float],  # the student's, the teacher's
+        tile_rows: int,
+    ) -> Setting:
+        """For these heads; a bias is where -inf comes from."""
+        return cls(
+            vocabulary=student.vocab_size,
+            targets=targets,
+            inv_tau=inv_taus[0],
+            teacher_inv_tau=inv_taus[1],
+            softcap=student.softcap,
+            scale=student.scale,
+            masked=any(head is not None and head.bias is not None for head in (student, teacher)),
+            tile_rows=tile_rows,
+        )
+
 
 @dataclass
 class RowState:
@@ -125,8 +146,3 @@ def smooth_mask(measure: Measure) -> int:
 def infinite_mask(measure: Measure) -> int:
     """The poles at which the divergence is infinite."""
     return STUDENT_POLE * measure.student_masks.phi + TEACHER_POLE * measure.teacher_masks.phi
-
-
-def may_mask(*heads: LMHead | None) -> bool:
-    """Whether a logit may be -inf: a bias is where that comes from."""
-    return any(head is not None and head.bias is not None for head in heads)

@@ -94,16 +94,8 @@ class TopKSweep:
         self.logits = empty(largest, head.vocab_size, device=task.weight.device)
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = torch.zeros_like(self.state.weight)
-        self.setting = Setting(
-            vocabulary=head.vocab_size,
-            targets=None,
-            inv_tau=1.0,
-            teacher_inv_tau=1.0,
-            softcap=head.softcap,
-            scale=head.scale,
-            masked=True,  # what is taken out of a row is -inf
-            tile_rows=task.tile_rows,
-        )
+        setting = Setting.of(head, None, None, (1.0, 1.0), task.tile_rows)
+        self.setting = setting._replace(masked=True)  # what is taken out of a row is -inf
         self.grads = new_gradients(task.student, task.needs)
         self.log_prob = torch.zeros_like(self.state.weight)
 
