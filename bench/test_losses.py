@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.contenders import CONTENDERS, TASKS, find, step
-from bench.floor import floor_of
+from bench.floor import Floor, has_teacher
 from bench.measure import finished, probe_apart, seconds, summary
 from bench.problems import GEMMA, LLAMA, QWEN, SMOLLM2, TINY, Shape, make
 from bench.report import Results
@@ -52,16 +52,15 @@ def contender(case: Any, results: Results) -> Any:
 
 
 def problem_of(shape: Shape, task: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """A problem and the floor of a task, kept until another is asked for."""
-    key = (shape, dtype, device)
+    """A problem and the floor of a task, kept until another problem is asked for."""
+    key, taught = (shape, dtype, device), has_teacher(task)
     if key not in _made:
         _made.clear()
         _made[key] = make(shape, dtype, device)
-    if (key, task) not in _made:
-        for old in [k for k in _made if isinstance(k[-1], str) and k != key]:
-            del _made[old]
-        _made[key, task] = floor_of(task, _made[key])
-    return _made[key], _made[key, task]
+    if (key, taught) not in _made:
+        _made.pop((key, not taught), None)
+        _made[key, taught] = Floor(_made[key], taught)
+    return _made[key], _made[key, taught]
 
 
 def test_time(
