@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Chain, Measure
-from dudi_kernels.memory import empty
 from dudi_kernels.sweep import Needs, Side, chunks, inputs_of, new_gradients
 from dudi_kernels.tiles import (
     STUDENT_POLE,
@@ -53,7 +52,7 @@ class _Pass:
         self.job = job
         head, rows = job.student.head, len(job.student.hidden)
         size = rows * min(job.block, head.vocab_size)
-        new = partial(empty, device=job.student.hidden.device)
+        new = partial(torch.empty, dtype=torch.float32, device=job.student.hidden.device)
         self.buffers = new(size), new(size if job.teacher is not None else 0)
         other = None if job.teacher is None else job.teacher.head
         inv_taus = (job.inv_tau, job.teacher_inv_tau)

@@ -18,7 +18,6 @@ from torch import Tensor
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Measure
 from dudi_kernels.head import LMHead
-from dudi_kernels.memory import empty
 from dudi_kernels.plan import Plan
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
 
@@ -113,7 +112,7 @@ def new_gradients(side: Side, needs: Needs) -> Gradients:
         if not needed or tensor is None:
             found.append(None)
             continue
-        new = empty(*tensor.shape, device=tensor.device)
+        new = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
         found.append(new if name == "weight" else new.zero_())
     return Gradients(*found)
 
@@ -141,7 +140,8 @@ class Sweep:
         self.task, self.backend = task, backend
         hidden, head = task.student.hidden, task.student.head
         largest = max((b - a for group in task.groups for a, b in group), default=0)
-        new = partial(empty, largest, head.vocab_size, device=hidden.device)
+        shape = (largest, head.vocab_size)
+        new = partial(torch.empty, shape, dtype=torch.float32, device=hidden.device)
         self.student = new()
         self.teacher = new() if task.teacher is not None else None
         self.state = RowState.fresh(task.weight)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.divergences import FLOOR, TINY, Measure
-from dudi_kernels.memory import empty
 from dudi_kernels.sweep import Chunk, Needs, RowValues, Side, new_gradients
 from dudi_kernels.tiles import (
     STUDENT_POLE,
@@ -91,7 +90,8 @@ class TopKSweep:
         self.task, self.backend = task, backend
         head = task.student.head
         largest = max((b - a for a, b in task.chunks), default=0)
-        self.logits = empty(largest, head.vocab_size, device=task.weight.device)
+        shape, device = (largest, head.vocab_size), task.weight.device
+        self.logits = torch.empty(shape, dtype=torch.float32, device=device)
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = torch.zeros_like(self.state.weight)
         setting = Setting.of(head, None, None, (1.0, 1.0), task.tile_rows)
