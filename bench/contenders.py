@@ -65,10 +65,16 @@ OURS: dict[str, Run] = {
 # ---- dense PyTorch -------------------------------------------------------------------------------
 
 
+def dense_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """fp32, or float64 for the reference."""
+    logits = F.linear(hidden, weight)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def _dense_kd(name: str) -> Run:
     def run(x: Problem) -> Tensor:
-        lq = F.linear(x.hidden, x.weight).float().log_softmax(-1)
-        lp = F.linear(x.teacher_hidden, x.teacher_weight).float().log_softmax(-1)
+        lq = dense_logits(x.hidden, x.weight).log_softmax(-1)
+        lp = dense_logits(x.teacher_hidden, x.teacher_weight).log_softmax(-1)
         return dense_divergence(name, lp, lq).sum(-1).mean()
 
     return run
@@ -117,13 +123,13 @@ def with_preference(kd: Run, log_prob: Run) -> Run:
 
 
 def _dense_log_prob(x: Problem) -> Tensor:
-    logits = F.linear(x.hidden, x.weight).float()
+    logits = dense_logits(x.hidden, x.weight)
     return logits.log_softmax(-1).gather(-1, x.targets[:, None])[:, 0]
 
 
 DENSE: dict[str, Run] = {
     **{name: _dense_kd(name) for name in KD},
-    "cross_entropy": lambda x: F.cross_entropy(F.linear(x.hidden, x.weight).float(), x.targets),
+    "cross_entropy": lambda x: F.cross_entropy(dense_logits(x.hidden, x.weight), x.targets),
     "three_signals": with_preference(_dense_kd("forward_kl"), _dense_log_prob),
     "rows": _dense_kd("forward_kl"),
 }
@@ -243,16 +249,8 @@ def step(run: Run, x: Problem) -> None:
 
 
 def reference(task: str, x: Problem) -> Tensor:
-    """The same loss from float64 inputs, dense."""
-    if task == "rows":
-        task = "forward_kl"
-    return DENSE[task](x) if task not in KD else _dense64(task, x)
-
-
-def _dense64(name: str, x: Problem) -> Tensor:
-    lq = F.linear(x.hidden, x.weight).log_softmax(-1)
-    lp = F.linear(x.teacher_hidden, x.teacher_weight).log_softmax(-1)
-    return dense_divergence(name, lp, lq).sum(-1).mean()
+    """The same loss, dense, of float64 inputs."""
+    return DENSE[task](x)
 
 
 def wide(x: Problem) -> Problem:

@@ -118,21 +118,28 @@ void statistics(const float* x, int64_t n, float inv_tau, double& one, double& o
       other += probe;
       continue;
     }
-    float sum = 0.f, sum_tempered = 0.f;
+    float sum = 0.f, sum_tempered = 0.f, ones = 0.f;  // the tops apart: the rest is faint beside
     if (inv_tau == 1.f) {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = start; i < stop; ++i) sum += exp_(x[i] - top);
+#pragma omp simd reduction(+ : sum, ones)
+      for (int64_t i = start; i < stop; ++i) {
+        const float a = x[i] - top;
+        sum += a == 0.f ? 0.f : exp_(a);
+        ones += a == 0.f ? 1.f : 0.f;
+      }
       sum_tempered = sum;
     } else {
-#pragma omp simd reduction(+ : sum, sum_tempered)
+#pragma omp simd reduction(+ : sum, sum_tempered, ones)
       for (int64_t i = start; i < stop; ++i) {
-        sum += exp_(x[i] - top);
-        sum_tempered += exp_((x[i] - top) * inv_tau);
+        const float a = x[i] - top;
+        sum += a == 0.f ? 0.f : exp_(a);
+        sum_tempered += a == 0.f ? 0.f : exp_(a * inv_tau);
+        ones += a == 0.f ? 1.f : 0.f;
       }
     }
-    one = logaddexp(one, top + std::log(static_cast<double>(sum)));
-    other = logaddexp(other, static_cast<double>(top) * inv_tau +
-                                 std::log(static_cast<double>(sum_tempered)));
+    const double whole = static_cast<double>(sum) + ones;
+    const double whole_tempered = static_cast<double>(sum_tempered) + ones;
+    one = logaddexp(one, top + std::log(whole));
+    other = logaddexp(other, static_cast<double>(top) * inv_tau + std::log(whole_tempered));
   }
 }
 
@@ -140,7 +147,7 @@ void statistics(const float* x, int64_t n, float inv_tau, double& one, double& o
 struct Moments {
   double top = -INFINITY, total = 0, first = 0, second = 0;
 
-  void add(float segment_top, float z, float za, float zb) {
+  void add(float segment_top, double z, double za, double zb) {
     const double higher = segment_top > top ? segment_top : top;
     const double old = top == -INFINITY ? 0. : std::exp(top - higher);
     const double now = std::exp(segment_top - higher);
@@ -171,21 +178,25 @@ void one_walk(const float* s, const float* t, int64_t n, const Tile& tile, int64
     const int64_t stop = start + SEGMENT < n ? start + SEGMENT : n;
     const float top = top_of(s, start, stop), other = M::taught ? top_of(t, start, stop) : 0.f;
     float z = 0.f, zs = 0.f, zd = 0.f, v = 0.f, vt = 0.f, vd = 0.f;
-#pragma omp simd reduction(+ : z, zs, zd, v, vt, vd)
+    float ones = 0.f, others = 0.f;  // the tops themselves, apart: beside them the rest is faint
+#pragma omp simd reduction(+ : z, zs, zd, v, vt, vd, ones, others)
     for (int64_t i = start; i < stop; ++i) {
       const float a = s[i] - top, q = exp_(a);
-      z += q;
+      z += a == 0.f ? 0.f : q;
+      ones += a == 0.f ? 1.f : 0.f;
       zs += q * a;
       if constexpr (M::taught) {
         const float b = t[i] - other, p = exp_(b), difference = s[i] - t[i];
-        v += p;
+        v += b == 0.f ? 0.f : p;
+        others += b == 0.f ? 1.f : 0.f;
         vt += p * b;
         if constexpr (M::chain == 1) vd += p * difference;
         if constexpr (M::chain == 2) zd += q * difference;
       }
     }
-    student.add(top, z, zs + z * top, zd);
-    if constexpr (M::taught) teacher.add(other, v, vt + v * other, vd);
+    const double mass = static_cast<double>(z) + ones, guide = static_cast<double>(v) + others;
+    student.add(top, mass, zs + mass * top, zd);
+    if constexpr (M::taught) teacher.add(other, guide, vt + guide * other, vd);
   }
   const double lse = student.log_sum();
   tile.log_sum[r] = tile.tempered_log_sum[r] = lse;
@@ -302,7 +313,7 @@ void gradient(float* __restrict s, const float* __restrict t, int64_t n, const R
   const float capped = tile.softcap > 0.f ? 1.f / (tile.softcap * scale) : 0.f;
   const int64_t local = tile.targets ? tile.targets[r] - tile.first_column : -1;
   const bool inside = local >= 0 && local < n;
-  const float at_target = inside && capped > 0.f ? s[local] * capped : 0.f;
+  const float target = inside ? s[local] : 0.f;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
@@ -313,7 +324,16 @@ void gradient(float* __restrict s, const float* __restrict t, int64_t n, const R
     if constexpr (M::taught) v += w * (g - q * g_sum);
     s[i] = v * scale * (1.f - u * u);
   }
-  if (inside) s[local] += c * scale * (1.f - at_target * at_target);
+  if (inside) {  // 1 - q by expm1: where the target is likely, little is left of 1 - q in fp32
+    float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
+    const float u = capped > 0.f ? target * capped : 0.f;
+    terms_at<M, TEMPERED>(target, M::taught ? t[local] : 0.f, row, lq1, q1, lp1, p1, q, lq, p, lp,
+                          phi, g);
+    float v = -q1 * e * (lq1 + entropy);
+    if constexpr (M::taught) v += w * (g - q * g_sum);
+    v -= c * static_cast<float>(std::expm1(static_cast<double>(target) - tile.log_sum[r]));
+    s[local] = v * scale * (1.f - u * u);
+  }
 }
 
 template <class M, bool TEMPERED>
