@@ -258,7 +258,3 @@ def wide(x: Problem) -> Problem:
     hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
     teacher = (x.teacher_hidden.double(), x.teacher_weight.double())
     return Problem(hidden, weight, *teacher, x.targets, x.segments)
-
-
-def is_bf16(x: Problem) -> bool:
-    return x.hidden.dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.contenders import find, is_bf16, reference, step, wide
+from bench.contenders import find, reference, step, wide
 from bench.problems import BY_NAME, Problem, Shape, make, resized
 
 ERROR_ROWS = 32  # rows of the float64 comparison: the whole would not fit
@@ -126,7 +126,7 @@ def probe(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: s
         "peak_bytes": peak,
         "gradient_bytes": gradient_bytes(x),
         "gradient_error": gradient_error(task, contender, x),
-        "bf16": is_bf16(x),
+        "bf16": dtype == torch.bfloat16,
     }
 
 

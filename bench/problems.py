@@ -57,7 +57,7 @@ class Problem:
 
     def rows(self, count: int) -> Problem:
         """The first rows alone, as leaves of their own."""
-        hidden, weight = (t.detach()[:n].clone() for t, n in self._leaves(count))
+        hidden, weight = self.hidden.detach()[:count].clone(), self.weight.detach().clone()
         return Problem(
             hidden.requires_grad_(),
             weight.requires_grad_(),
@@ -66,9 +66,6 @@ class Problem:
             self.targets[:count],
             segments_of(count).to(self.segments.device),
         )
-
-    def _leaves(self, count: int) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-        return (self.hidden, count), (self.weight, len(self.weight))
 
 
 def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -475,13 +475,16 @@ def to_public_dict(config: DuDiConfig) -> dict[str, Any]:
         value = getattr(config, f.name, None)
         default = f.default if f.default is not dataclasses.MISSING else None
         if f.init and "token" not in f.name and (f.name in own or value != default):
-            values[f.name] = _json_safe(value)
+            values[f.name] = json_safe(value)
     return values
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """What JSON gives back as it was; a set in order, so that equal settings read alike."""
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):

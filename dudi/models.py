@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dudi.config import json_safe
 from dudi.signals import lm_head
 from dudi_kernels import LMHead
 
@@ -65,7 +65,7 @@ def adapter_settings(base: Any, model: Any) -> dict[str, Any] | None:
         return None
     settings = configs[model.active_adapter].to_dict()
     passing = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-    kept = {name: _json_safe(v) for name, v in sorted(settings.items()) if name not in passing}
+    kept = {name: json_safe(v) for name, v in sorted(settings.items()) if name not in passing}
     return kept | {"base model": _frozen_hash(base)}
 
 
@@ -105,12 +105,6 @@ def _learned_positions(model: Any) -> int | None:
         if isinstance(module, nn.Embedding) and last in ("wpe", "embed_positions"):
             return module.num_embeddings
     return None
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    return json.loads(json.dumps(value, default=str))
 
 
 def disable_dropout(model: nn.Module) -> None:
