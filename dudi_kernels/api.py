@@ -115,7 +115,7 @@ def linear_distill_loss(
         "targets": None if flat is None else counted.pick(flat),
         "weight": None if weight is None else counted.pick(weight),
         "ce_weight": ce_weight,
-        "backend": pick_backend(backend),
+        "backend": pick_backend(backend, student.hidden.device),
         "memory_budget": memory_budget,
     }
     if isinstance(teacher_hidden, TopKTeacher):
@@ -197,7 +197,7 @@ def linear_distill(
         measure,
         None if flat is None else counted.pick(flat),
         temperatures,
-        pick_backend(backend),
+        pick_backend(backend, student.hidden.device),
         memory_budget,
         entropy=True,
     )
@@ -321,10 +321,10 @@ def linear_cross_entropy(
     counted = Counted(rows, flat, ignore_index)
     own, flat = counted.rows(rows), counted.pick(flat)
     if reduction == "none":
-        return counted.put_back(-log_prob(own, flat, 1.0, pick_backend(backend), memory_budget))
+        return counted.put_back(-log_prob(own, flat, 1.0, pick_backend(backend, rows.hidden.device), memory_budget))
     weight = None if reduction == "mean" else torch.ones(len(flat), device=flat.device)
     loss, _ = _weighted_sweep(
-        own, None, None, flat, weight, 1.0, (1.0, 1.0), pick_backend(backend), memory_budget
+        own, None, None, flat, weight, 1.0, (1.0, 1.0), pick_backend(backend, rows.hidden.device), memory_budget
     )
     return loss
 
@@ -362,7 +362,7 @@ def linear_log_prob(
         counted.rows(rows),
         counted.pick(flat),
         temperature,
-        pick_backend(backend),
+        pick_backend(backend, rows.hidden.device),
         memory_budget,
     )
     return counted.put_back(values)

@@ -63,7 +63,7 @@ def plan_memory(
     place = torch.device(device)
     settings = {
         "cached": place.type == "cpu",
-        "temporaries": pick_backend(backend).needs_temporaries(place, [measure]),
+        "temporaries": pick_backend(backend, place).needs_temporaries(place, [measure]),
     }
     convert = dtype != torch.float32
     call = _Call(rows, vocab_size, widths, dtype.itemsize, convert, train_hidden, train_weight)

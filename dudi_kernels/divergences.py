@@ -28,63 +28,47 @@ class Helpers(enum.Enum):
     POWERS = 2  # p^a q^b, p^(a + b), q^(a + b)
 
 
-def forward_kl(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def forward_kl(p, lp, q, lq, x, y, z, a, b):
     """KL(p || q)."""
     return p * (lp - lq), -p
 
 
-def reverse_kl(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def reverse_kl(p, lp, q, lq, x, y, z, a, b):
     """KL(q || p), as in MiniLLM, arXiv 2306.08543."""
     phi = q * (lq - lp)
     return phi, phi + q
 
 
-def jeffreys(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def jeffreys(p, lp, q, lq, x, y, z, a, b):
     """a KL(p || q) + (1 - a) KL(q || p), a = beta: half the symmetric J of Jeffreys at 1/2."""
     reverse = (1 - a) * q * (lq - lp)
     return a * p * (lp - lq) + reverse, reverse + (1 - a) * q - a * p
 
 
-def jsd(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def jsd(p, lp, q, lq, x, y, z, a, b):
     """beta KL(p || m) + (1 - beta) KL(q || m), a = beta: GKD, arXiv 2306.13649."""
     g = (1 - a) * q * (lq - y)
     return a * p * (lp - y) + g, g
 
 
-def skew_forward_kl(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def skew_forward_kl(p, lp, q, lq, x, y, z, a, b):
     """KL(p || alpha p + (1 - alpha) q), a = alpha: DistiLLM, arXiv 2402.03898."""
     return p * (lp - y), -p * (1 - a) * q / x
 
 
-def skew_reverse_kl(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def skew_reverse_kl(p, lp, q, lq, x, y, z, a, b):
     """KL(q || (1 - alpha) p + alpha q), a = 1 - alpha: DistiLLM, arXiv 2402.03898."""
     phi = q * (lq - y)
     return phi, phi + q - (1 - a) * q * q / x
 
 
-def total_variation(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def total_variation(p, lp, q, lq, x, y, z, a, b):
     """sum |p - q| / 2, as in f-distill, arXiv 2307.15190."""
     sign = (q > p) * 1.0 - (q < p) * 1.0  # no shared spelling of abs and sign
     return sign * (q - p) * 0.5, q * sign * 0.5
 
 
-def alpha_beta(
-    p: Any, lp: Any, q: Any, lq: Any, x: Any, y: Any, z: Any, a: Any, b: Any
-) -> tuple[Any, Any]:
+def alpha_beta(p, lp, q, lq, x, y, z, a, b):
     """(a p^(a+b) + b q^(a+b) - (a + b) p^a q^b) / (a b (a + b)), a = alpha, b = beta: ABKD,
     arXiv 2505.04560."""
     phi = (y * a + z * b - x * (a + b)) / (a * b * (a + b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -15,17 +16,33 @@ from dudi_kernels.recompute import Job, RowWise
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side
 
 BACKENDS = ("auto", "torch", "triton")
+GPUS = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
-def pick_backend(name: str) -> ModuleType:
+def pick_backend(name: str, device: torch.device) -> ModuleType:
+    """`auto` is Triton on a GPU where it is installed, and torch elsewhere."""
     checks.one_of("backend", name, BACKENDS)
+    installed = importlib.util.find_spec("triton") is not None
     match name:
+        case "triton" if not installed:
+            raise ValueError("backend='triton' needs the package triton, which is not installed")
         case "triton":
-            raise ValueError("backend must be 'auto' or 'torch' in this release, got 'triton'")
-        case _:
-            import dudi_kernels.backends.torch as backend
+            import dudi_kernels.backends.triton as triton_backend
 
-            return backend
+            if not triton_backend.serves(device):
+                raise ValueError(
+                    "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the "
+                    f"first import), got {device}"
+                )
+            return triton_backend
+        case "auto" if installed and device.type in GPUS:
+            import dudi_kernels.backends.triton as triton_backend
+
+            return triton_backend
+        case _:
+            import dudi_kernels.backends.torch as torch_backend
+
+            return torch_backend
 
 
 def wanted_gradients(rows: Rows) -> Needs:

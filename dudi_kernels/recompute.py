@@ -45,8 +45,8 @@ class Job(NamedTuple):
     backend: ModuleType
 
 
-class _Pass:
-    """Streams the blocks of a job through one buffer for each side."""
+class Stream:
+    """The blocks of a job, through one buffer for each side and a backend's primitives."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -78,21 +78,31 @@ class _Pass:
     def steps(self, state: RowState, tile: Tile, wanted: Steps) -> None:
         self.job.backend.steps(self.setting, state, tile, wanted)
 
+    def forward(self, state: RowState) -> None:
+        """Statistics of all rows, and the sums that are wanted."""
+        job, taught = self.job, self.job.teacher is not None
+        if job.measure is None and not job.entropy:
+            for tile, _ in self.blocks():
+                self.steps(state, tile, Steps(True, taught))
+        elif job.measure is None or job.measure.chain is not None:
+            _one_pass(self, state)
+        else:
+            for wanted in (Steps(True, taught), Steps(sums=True)):
+                for tile, _ in self.blocks():
+                    self.steps(state, tile, wanted)
+
+    def gradients(self, state: RowState) -> Iterator[tuple[Tensor, Side, int]]:
+        """The gradient of the logits by blocks of columns, the student's side, the first column."""
+        for tile, side in self.blocks():
+            self.steps(state, tile, Steps(gradient=True))
+            yield tile.student, side, tile.first_column
+
 
 def _forward(job: Job) -> RowState:
-    """The state of all rows: statistics, and the sums that are wanted."""
-    blocks, rows = _Pass(job), job.student.hidden
+    """The state of all rows."""
+    rows = job.student.hidden
     state = RowState.fresh(torch.zeros(len(rows), device=rows.device))
-    taught = job.teacher is not None
-    if job.measure is None and not job.entropy:
-        for tile, _ in blocks.blocks():
-            blocks.steps(state, tile, Steps(True, taught))
-    elif job.measure is None or job.measure.chain is not None:
-        _one_pass(blocks, state)
-    else:
-        for wanted in (Steps(True, taught), Steps(sums=True)):
-            for tile, _ in blocks.blocks():
-                blocks.steps(state, tile, wanted)
+    job.backend.Stream(job).forward(state)
     if job.measure is not None:
         infinite = (state.poles & infinite_mask(job.measure)) != 0
         state.divergence.masked_fill_(infinite, torch.inf)
@@ -102,7 +112,7 @@ def _forward(job: Job) -> RowState:
 # ---- one pass by the chain rule ------------------------------------------------------------------
 
 
-def _one_pass(blocks: _Pass, state: RowState) -> None:
+def _one_pass(blocks: Stream, state: RowState) -> None:
     """Statistics and sums of each block by itself, put together at the end."""
     taught = blocks.job.teacher is not None
     alone = []
@@ -216,13 +226,11 @@ def _gradients(
         torch.empty_like(tensor) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, of_head, strict=True)
     ]
-    blocks = _Pass(job)
-    for tile, side in blocks.blocks():
-        blocks.steps(state, tile, Steps(gradient=True))
+    for grad, side, first_column in job.backend.Stream(job).gradients(state):
         own = new_gradients(side, of_head)
         both = own._replace(hidden=sums.hidden, low=sums.low)
-        job.backend.accumulate(tile.student, side, both, add_weight=False)
-        columns = slice(tile.first_column, tile.first_column + side.head.vocab_size)
+        job.backend.accumulate(grad, side, both, add_weight=False)
+        columns = slice(first_column, first_column + side.head.vocab_size)
         for target, block in zip(whole, own, strict=True):
             if target is not None and block is not None:
                 target[columns] = block

@@ -205,7 +205,7 @@ def linear_dudi_loss(
     if off_policy_weight or on_policy_weight or preference.from_teacher:
         teacher = _teacher(student, teacher_hidden, teacher_head)
     signals = _Signals(weights, packing, preference)
-    engine = pick_backend(backend)
+    engine = pick_backend(backend, student.hidden.device)
     task = signals.task(student, teacher, flat, measures, temperatures, engine, memory_budget)
     loss, values = retain(student, Sweep(task, engine), signals.combine)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dudi_kernels.backends import native
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import BLOCK
+from dudi_kernels.recompute import Stream
 from dudi_kernels.sweep import Gradients, Side
 from dudi_kernels.tiles import (
     STUDENT_POLE,
@@ -38,6 +39,11 @@ def _gemm_dtype(hidden: Tensor, backward: bool) -> torch.dtype:
     native_mm = hidden.is_cuda and torch.version.hip is None and MM_RETURNS_FP32
     half = torch.bfloat16 if backward else hidden.dtype  # fp16 gradients would underflow
     return hidden.dtype if native_mm and hidden.dtype == half else torch.float32
+
+
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradient of logits that go into `accumulate`."""
+    return _gemm_dtype(hidden, backward=True)
 
 
 def _blocks(size: int, whole: bool) -> Iterator[slice]:

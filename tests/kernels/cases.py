@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dudi_kernels import LMHead
 
-BACKENDS = ["torch"]  # each runs the whole matrix
+BACKENDS = ["torch", "triton"]  # each runs the whole matrix; Triton interpreted
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of rounded gradients
 KINK_RTOL = 1e-4  # of total variation: where p is nearly q, a rounding error flips the sign
 VALUE_RTOL = 1e-5  # values are fp32 whatever the inputs are

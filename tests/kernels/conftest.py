@@ -1,11 +1,29 @@
-"""Every test draws the same numbers, and runs with the compiled steps and without them."""
+"""Every test draws the same numbers. The torch backend runs with the compiled steps and without
+them; the Triton backend once, interpreted."""
 
 from __future__ import annotations
+
+import importlib.util
+import os
 
 import pytest
 import torch
 
 from dudi_kernels.backends import native
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    kept = []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        triton = parameters.get("backend") == "triton"
+        if triton and importlib.util.find_spec("triton") is None:
+            item.add_marker(pytest.mark.skip("triton is not installed"))
+        if not (triton and parameters.get("_steps") == "plain"):  # they are the torch backend's
+            kept.append(item)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +33,9 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
 def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = request.node.callspec.params
+    if parameters.get("backend") == "triton":
+        return
     if request.param == "plain":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:

@@ -88,7 +88,6 @@ DISTILL = [
         "token_weight must be finite and not negative, got -0.5 at row 2",
     ),
     ({"token_weight": torch.full((N,), torch.nan)}, ValueError, "got nan at row 0"),
-    ({"backend": "triton"}, ValueError, "backend must be 'auto' or 'torch' in this release"),
     ({"backend": "tritan"}, ValueError, "did you mean 'triton'?"),
     ({"memory_budget": 100}, ValueError, "memory_budget must be at least"),
     ({"memory_budget": 1e9}, TypeError, "memory_budget must be a number of bytes, got 1000000000"),

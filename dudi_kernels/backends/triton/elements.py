@@ -1,0 +1,75 @@
+"""Element-wise mathematics of the kernels, as device functions.
+
+Tiles are (BLOCK_N, BLOCK_V) fp32; what belongs to a row is (BLOCK_N, 1). A masked logit (-inf) or a
+column beyond the vocabulary is FLOOR, so that its probability is 0 and its products are 0, not NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dudi_kernels import divergences
+
+FLOOR = tl.constexpr(divergences.FLOOR)
+TINY = tl.constexpr(divergences.TINY)
+
+
+@triton.jit
+def split_float(value):
+    """A float64 as two fp32: taken off one after the other, a log-probability is as exact as its
+    logit, however large that is."""
+    high = value.to(tl.float32)
+    low = tl.where(high == -float("inf"), 0.0, value - high.to(value.dtype))
+    return high, low.to(tl.float32)
+
+
+@triton.jit
+def log_prob_of(logits, high, low):
+    """log softmax, not below FLOOR."""
+    return tl.maximum((logits - high) - low, FLOOR)
+
+
+@triton.jit
+def tanh(x):
+    """By exp; by its series where 1 - exp would cancel."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315))))
+    decay = tl.exp(-2 * tl.abs(x))
+    ratio = (1 - decay) / (1 + decay)
+    return tl.where(square < 0.0225, series, tl.where(x < 0, -ratio, ratio))
+
+
+@triton.jit
+def minus_expm1(x):
+    """1 - exp(x) for x <= 0, exact where exp(x) is nearly 1."""
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.2, series, 1 - tl.exp(x))
+
+
+@triton.jit
+def terms_of(p, lp, q, lq, a, b, TERMS: tl.constexpr, HELPERS: tl.constexpr):
+    """phi and g of a divergence (divergences.py), with the helpers that it needs."""
+    if HELPERS == 1:
+        x = tl.maximum(a * p + (1 - a) * q, TINY)
+        phi, g = TERMS(p, lp, q, lq, x, tl.log(x), x, a, b)
+    elif HELPERS == 2:
+        x = tl.exp(a * lp + b * lq)
+        phi, g = TERMS(p, lp, q, lq, x, tl.exp((a + b) * lp), tl.exp((a + b) * lq), a, b)
+    else:
+        phi, g = TERMS(p, lp, q, lq, p, p, p, a, b)
+    return phi, g
+
+
+@triton.jit
+def online(top, total, first, tile):
+    """One more tile of a row's maximum `top`, `total` = sum exp(x - top) and `first` =
+    sum exp(x - top) (x - top); also the factor by which older sums shrink, and the tile's
+    exponentials."""
+    new = tl.maximum(top, tl.max(tile, 1)[:, None])
+    shrink = tl.exp(top - new)
+    moved = tile - new
+    exponentials = tl.exp(moved)
+    first = shrink * (first + total * (top - new)) + tl.sum(exponentials * moved, 1)[:, None]
+    total = shrink * total + tl.sum(exponentials, 1)[:, None]
+    return new, total, first, shrink, exponentials

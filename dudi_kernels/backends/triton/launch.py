@@ -1,0 +1,403 @@
+"""From tensors to launches: arguments, grids and block sizes of the kernels.
+
+`Launcher` is the one place where a kernel's arguments are put together; what is compiled ahead of
+time (aot.py) comes from its calls as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from dudi_kernels.backends.triton import kernels
+from dudi_kernels.divergences import Measure
+from dudi_kernels.sweep import Side
+from dudi_kernels.tiles import RowState, Setting, smooth_mask
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton < 3.4
+    TensorDescriptor = None
+
+INTERPRETED = isinstance(kernels.gradient, InterpretedFunction)
+COMBINE_ROWS = 64
+WAVES = 8  # programs for each multiprocessor, where rows alone are too few
+INTERPRETED_UNITS = 4  # the interpreter's "multiprocessors": some splits at small shapes
+MAX_SPLITS = 1024
+
+
+class Blocks(NamedTuple):
+    """Block sizes and how a kernel is compiled."""
+
+    rows: int
+    columns: int
+    width: int  # of the GEMMs; unused where logits are read
+    warps: int
+    stages: int
+
+
+class Source(NamedTuple):
+    """Where a side's logits come from: a buffer, or its hidden states and head."""
+
+    softcap: float | None  # the gradient goes through them in both cases
+    scale: float
+    logits: Tensor | None = None  # (R, V) fp32
+    side: Side | None = None
+
+    @classmethod
+    def of(cls, side: Side) -> Source:
+        return cls(side.head.softcap, side.head.scale, side=side)
+
+
+class Sides(NamedTuple):
+    student: Source
+    teacher: Source | None
+
+    @property
+    def fused(self) -> bool:
+        return self.student.logits is None
+
+    @property
+    def device(self) -> torch.device:
+        found = self.student.logits
+        if found is None:
+            assert self.student.side is not None
+            found = self.student.side.hidden
+        return found.device
+
+
+# ---- choices -------------------------------------------------------------------------------------
+
+
+def read_blocks() -> Blocks:
+    """For kernels that read logits: one row, a long piece of it."""
+    return Blocks(4, 256, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
+
+
+def fused_blocks(target: Target, dtype: torch.dtype) -> Blocks:
+    """For kernels that project."""
+    if INTERPRETED:
+        return Blocks(16, 128, 64, 4, 1)
+    if dtype == torch.float32:
+        return Blocks(64, 128, 32, 8, 2)
+    if target.capability >= 90:
+        return Blocks(128, 128, 64, 8, 3)
+    if target.capability >= 80:
+        return Blocks(128, 128, 32, 8, 3)
+    return Blocks(128, 128, 64, 8, 2)
+
+
+class Target(NamedTuple):
+    """What choices depend on."""
+
+    kind: str  # "cuda", "hip", "xpu", or "interpreter"
+    capability: int  # 90 for 9.0; 0 where there is none
+    units: int  # multiprocessors
+
+
+@functools.lru_cache(maxsize=16)
+def target_of(device: torch.device) -> Target:
+    if INTERPRETED:
+        return Target("interpreter", 0, INTERPRETED_UNITS)
+    if device.type == "xpu":
+        return Target("xpu", 0, int(torch.xpu.get_device_properties(device).gpu_subslice_count))
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    if torch.version.hip is not None:
+        return Target("hip", 0, count)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target("cuda", 10 * major + minor, count)
+
+
+def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch a kernel; every launch goes through here."""
+    kernel[grid](**arguments)
+
+
+def wants_descriptors(target: Target) -> bool:
+    """Whether the target loads tiles by descriptors (TMA), and this Triton can describe them."""
+    return TensorDescriptor is not None and target.kind == "cuda" and target.capability >= 90
+
+
+def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
+    """Into how many parts the vocabulary is split, and the tiles of each."""
+    wanted = min(MAX_SPLITS, tiles, max(1, WAVES * count // max(row_blocks, 1)))
+    each = -(-tiles // wanted)
+    return -(-tiles // each), each
+
+
+@functools.lru_cache(maxsize=64)
+def jitted(terms: Callable[..., Any]) -> Any:
+    """A divergence as kernels take it; the interpreter calls it as it is."""
+    return terms if INTERPRETED else triton.jit(terms)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of fp32 products, as torch was told; half precision is exact in any case."""
+    if dtype != torch.float32:
+        return "ieee"
+    by_name = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+    return by_name[torch.get_float32_matmul_precision()]
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _source_arguments(letter: str, source: Source | None) -> dict[str, Any]:
+    values: dict[str, Any] = dict.fromkeys(("logits", "hidden", "weight", "bias", "low", "lora"))
+    values |= dict.fromkeys(
+        ("logits_stride", "hidden_stride", "weight_stride", "lora_stride", "width", "rank"), 0
+    )
+    values |= {"softcap": 1.0, "scale": 1.0}
+    if source is not None:
+        values |= {"softcap": source.softcap or 1.0, "scale": source.scale}
+        if source.logits is not None:
+            values |= {"logits": source.logits, "logits_stride": source.logits.stride(0)}
+        else:
+            assert source.side is not None
+            values |= _projected(source.side)
+    return {f"{letter}_{name}": value for name, value in values.items()}
+
+
+def _projected(side: Side) -> dict[str, Any]:
+    head, hidden = side.head, side.hidden.contiguous()
+    weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+    found: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": None if head.bias is None else head.bias.contiguous(),
+        "hidden_stride": hidden.stride(0),
+        "weight_stride": weight.stride(0),
+        "width": hidden.shape[1],
+    }
+    if head.lora is not None and side.low is not None:
+        b = head.lora.b.contiguous()
+        low = side.low.contiguous()
+        found |= {"low": low, "lora": b, "lora_stride": b.stride(0), "rank": low.shape[1]}
+    return found
+
+
+def _describe(arguments: dict[str, Any], blocks: Blocks) -> None:
+    """Tensor descriptors (TMA) in place of hidden states and weights, if all of them allow it."""
+    names = [f"{letter}_{name}" for letter in "st" for name in ("hidden", "weight")]
+    tensors = {name: arguments[name] for name in names if arguments[name] is not None}
+    if not all(map(_describable, tensors.values())):
+        return
+    for name, tensor in tensors.items():
+        rows = blocks.rows if name.endswith("hidden") else blocks.columns
+        shape = [rows, blocks.width]
+        arguments[name] = TensorDescriptor.from_tensor(tensor, shape)
+    arguments["DESCRIPTORS"] = True
+
+
+def _describable(tensor: Tensor) -> bool:
+    aligned = tensor.stride(0) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return aligned and tensor.numel() > 0
+
+
+def _flags(sides: Sides, setting: Setting) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "MASKED": setting.masked,
+        "S_TEMPERED": setting.inv_tau != 1.0,
+        "T_TEMPERED": setting.teacher_inv_tau != 1.0,
+        "FUSED": sides.fused,
+        "DESCRIPTORS": False,
+        "PRECISION": "ieee",
+    }
+    for letter, source in zip("ST", sides, strict=True):
+        head = None if source is None or source.side is None else source.side.head
+        found |= {
+            f"{letter}_BIAS": head is not None and head.bias is not None,
+            f"{letter}_LORA": head is not None and head.lora is not None,
+            f"{letter}_SOFTCAP": source is not None and source.softcap is not None,
+        }
+    if sides.fused:
+        assert sides.student.side is not None
+        found["PRECISION"] = precision(sides.student.side.hidden.dtype)
+    return found
+
+
+class Launcher:
+    """The kernels over the rows [first_row, first_row + rows) of a state."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        state: RowState,
+        sides: Sides,
+        rows: int,
+        columns: int,
+        *,
+        first_row: int = 0,
+        first_column: int = 0,
+    ):
+        self.setting, self.state, self.sides = setting, state, sides
+        self.rows, self.columns = rows, columns
+        self.first_row, self.first_column = first_row, first_column
+        self.target = target_of(sides.device)
+        self.blocks = read_blocks()
+        if sides.fused:
+            assert sides.student.side is not None
+            dtype = sides.student.side.hidden.dtype
+            self.blocks = fused_blocks(self.target, dtype)
+        self.row_blocks = -(-rows // self.blocks.rows)
+        self.tiles = -(-columns // self.blocks.columns)
+
+    # ---- parts of the arguments ------------------------------------------------------------------
+
+    def _common(self, teacher: bool) -> dict[str, Any]:
+        setting = self.setting
+        found = {
+            **_source_arguments("s", self.sides.student),
+            **_source_arguments("t", self.sides.teacher if teacher else None),
+            **_flags(self.sides if teacher else Sides(self.sides.student, None), setting),
+            "rows": self.rows,
+            "first_row": self.first_row,
+            "columns": self.columns,
+            "s_inv_tau": setting.inv_tau,
+            "t_inv_tau": setting.teacher_inv_tau,
+            "BLOCK_N": self.blocks.rows,
+            "BLOCK_V": self.blocks.columns,
+            "BLOCK_D": self.blocks.width,
+            "num_warps": self.blocks.warps,
+            "num_stages": self.blocks.stages,
+        }
+        if self.sides.fused and wants_descriptors(self.target):
+            _describe(found, self.blocks)
+        return found
+
+    def _log_sums(self) -> dict[str, Any]:
+        state = self.state
+        return {
+            "s_log_sum": state.log_sum,
+            "s_tempered_log_sum": state.tempered_log_sum,
+            "t_log_sum": state.teacher_log_sum,
+            "t_tempered_log_sum": state.teacher_tempered_log_sum,
+        }
+
+    def _measure(self, measure: Measure | None) -> dict[str, Any]:
+        return {
+            "TERMS": None if measure is None else jitted(measure.terms),
+            "HELPERS": 0 if measure is None else measure.helpers.value,
+            "MIXTURE": False,
+            "mixture": None,
+            "a": 0.0 if measure is None else measure.a,
+            "b": 0.0 if measure is None else measure.b,
+        }
+
+    def _partials(self, fields: int, count: int) -> Tensor:
+        return torch.empty(fields, count, self.rows, device=self.state.weight.device)
+
+    # ---- kernels ---------------------------------------------------------------------------------
+
+    def statistics(
+        self, student: bool, teacher: bool, measure: Measure | None, moments: bool
+    ) -> None:
+        """Log-sum-exps and target logits of the wanted sides; with `moments`, of whole rows,
+        entropies too and the divergence where it has a chain."""
+        state, targets = self.state, self.setting.targets
+        chain = measure.chain if moments and measure is not None else None
+        count, each = splits(self.row_blocks, self.tiles, self.target.units)
+        partials = self._partials(kernels.STATISTICS_FIELDS, count)
+        shared = {
+            "STUDENT": student,
+            "TEACHER": teacher,
+            "CHAIN": 0 if chain is None else 1 if chain.teacher_first else 2,
+            "TARGETS": targets is not None,
+        }
+        run(
+            kernels.statistics,
+            (self.row_blocks, count),
+            **self._common(teacher),
+            **shared,
+            targets=targets,
+            partials=partials,
+            tiles=each,
+        )
+        run(
+            kernels.combine_statistics,
+            (-(-self.rows // COMBINE_ROWS),),
+            partials=partials,
+            targets=targets,
+            **self._log_sums(),
+            s_target=state.target,
+            s_entropy=state.entropy,
+            t_target=state.teacher_target,
+            t_entropy=state.teacher_entropy,
+            divergence=state.divergence,
+            g_sum=state.g_sum,
+            poles=state.poles,
+            rows=self.rows,
+            first_row=self.first_row,
+            splits=count,
+            **shared,
+            MOMENTS=moments,
+            OFFSET=0.0 if chain is None else chain.offset,
+            SLOPE=0.0 if chain is None else chain.slope,
+            MASKED=self.setting.masked,
+            BLOCK=COMBINE_ROWS,
+            num_warps=2,
+        )
+
+    def sums(self, measure: Measure | None) -> None:
+        """Divergence, sum of g and entropies, added to the state."""
+        state = self.state
+        count, each = splits(self.row_blocks, self.tiles, self.target.units)
+        partials = self._partials(kernels.SUMS_FIELDS, count)
+        run(
+            kernels.sums,
+            (self.row_blocks, count),
+            **self._common(measure is not None),
+            **self._log_sums(),
+            **self._measure(measure),
+            partials=partials,
+            tiles=each,
+        )
+        run(
+            kernels.combine_sums,
+            (-(-self.rows // COMBINE_ROWS),),
+            partials=partials,
+            divergence=state.divergence,
+            g_sum=state.g_sum,
+            entropy=state.entropy,
+            t_entropy=state.teacher_entropy,
+            poles=state.poles,
+            rows=self.rows,
+            first_row=self.first_row,
+            splits=count,
+            TAUGHT=measure is not None,
+            MASKED=self.setting.masked,
+            BLOCK=COMBINE_ROWS,
+            num_warps=2,
+        )
+
+    def gradient(self, measure: Measure | None, out: Tensor) -> None:
+        """Of the raw logits, into `out` (R, B)."""
+        state, targets = self.state, self.setting.targets
+        run(
+            kernels.gradient,
+            (self.row_blocks, self.tiles),
+            **self._common(measure is not None),
+            **self._log_sums(),
+            **self._measure(measure),
+            SMOOTH_MASK=0 if measure is None else smooth_mask(measure),
+            targets=targets,
+            target_logits=state.target,
+            g_sums=state.g_sum,
+            entropies=state.entropy,
+            poles=state.poles,
+            weights=state.weight,
+            coefficients=state.coefficient,
+            entropy_weights=state.entropy_weight,
+            COEFFICIENT=state.coefficient is not None,
+            ENTROPY_WEIGHT=state.entropy_weight is not None,
+            TARGETS=targets is not None,
+            out=out,
+            out_stride=out.stride(0),
+            first_column=self.first_column,
+        )
