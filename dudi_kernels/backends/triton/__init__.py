@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dudi_kernels.backends.triton.launch import INTERPRETED, Launcher, Sides, Source
+from dudi_kernels.backends.triton.elements import INTERPRETED
+from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import Measure
 from dudi_kernels.backends.torch import accumulate, gradient_dtype, project
 from dudi_kernels.recompute import Job

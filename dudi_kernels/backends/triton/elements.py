@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from dudi_kernels import divergences
 
 FLOOR = tl.constexpr(divergences.FLOOR)
 TINY = tl.constexpr(divergences.TINY)
+NOTHING = tl.constexpr(-200.0)  # its exp is 0, and its product with a sum is finite
+
+
+@triton.jit
+def _probe():
+    """Tells whether the interpreter runs."""
+
+
+INTERPRETED = isinstance(_probe, InterpretedFunction)
 
 
 @triton.jit
@@ -67,9 +77,10 @@ def online(top, total, first, tile):
     sum exp(x - top) (x - top); also the factor by which older sums shrink, and the tile's
     exponentials."""
     new = tl.maximum(top, tl.max(tile, 1)[:, None])
-    shrink = tl.exp(top - new)
+    gap = tl.maximum(top - new, NOTHING)
+    shrink = tl.exp(gap)
     moved = tile - new
     exponentials = tl.exp(moved)
-    first = shrink * (first + total * (top - new)) + tl.sum(exponentials * moved, 1)[:, None]
+    first = shrink * (first + total * gap) + tl.sum(exponentials * moved, 1)[:, None]
     total = shrink * total + tl.sum(exponentials, 1)[:, None]
     return new, total, first, shrink, exponentials

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from dudi_kernels.backends.triton.elements import (
     FLOOR,
+    INTERPRETED,
+    NOTHING,
     log_prob_of,
     minus_expm1,
     online,
@@ -22,6 +24,8 @@ from dudi_kernels.backends.triton.elements import (
     tanh,
     terms_of,
 )
+
+UPCAST = tl.constexpr(INTERPRETED)  # its products of bf16 are wrong; those of fp32 are the same
 
 # Rows of the partial results of `statistics`, for each side.
 TOP = tl.constexpr(0)
@@ -70,6 +74,8 @@ def product(
         for k in range(0, width, BLOCK_D):
             left = a.load([row, k])
             right = b.load([column, k]).to(left.dtype)
+            if UPCAST:
+                left, right = left.to(tl.float32), right.to(tl.float32)
             acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
     else:
         i = row + tl.arange(0, BLOCK_N)
@@ -81,7 +87,10 @@ def product(
             inside = d < width - k
             left = tl.load(left_at, mask=(i < rows)[:, None] & inside[None, :], other=0.0)
             right = tl.load(right_at, mask=(j < columns)[None, :] & inside[:, None], other=0.0)
-            acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+            right = right.to(left.dtype)
+            if UPCAST:
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
             left_at += BLOCK_D
             right_at += BLOCK_D
     return acc
@@ -371,7 +380,7 @@ def whole_log_sum(partials, TOP_FIELD: tl.constexpr, field_stride, rows, splits,
     at = partials + TOP_FIELD * field_stride + i
     total = tl.zeros(i.shape, tl.float64)
     for _ in range(splits):
-        shrink = tl.exp(tl.load(at, mask=inside, other=FLOOR) - top)
+        shrink = tl.exp(tl.maximum(tl.load(at, mask=inside, other=FLOOR) - top, NOTHING))
         total += (tl.load(at + field_stride, mask=inside, other=1.0) * shrink).to(tl.float64)
         at += rows
     return top, total
@@ -388,7 +397,7 @@ def moment(
     to_field = (FIELD - TOP_FIELD) * field_stride
     sums = tl.zeros(i.shape, tl.float64)
     for _ in range(splits):
-        difference = tl.load(at, mask=inside, other=FLOOR) - top
+        difference = tl.maximum(tl.load(at, mask=inside, other=FLOOR) - top, NOTHING)
         value = tl.load(at + to_field, mask=inside, other=0.0)
         if MOVED:
             value += tl.load(at + field_stride, mask=inside, other=0.0) * difference

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from dudi_kernels.backends.triton import kernels
+from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.divergences import Measure
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
@@ -25,10 +25,9 @@ try:
 except ImportError:  # Triton < 3.4
     TensorDescriptor = None
 
-INTERPRETED = isinstance(kernels.gradient, InterpretedFunction)
 COMBINE_ROWS = 64
 WAVES = 8  # programs for each multiprocessor, where rows alone are too few
-INTERPRETED_UNITS = 4  # the interpreter's "multiprocessors": some splits at small shapes
+INTERPRETED_UNITS = 1  # the interpreter's "multiprocessors": some splits at small shapes
 MAX_SPLITS = 1024
 
 
@@ -77,13 +76,13 @@ class Sides(NamedTuple):
 
 def read_blocks() -> Blocks:
     """For kernels that read logits: one row, a long piece of it."""
-    return Blocks(4, 256, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
+    return Blocks(32, 512, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
 
 
 def fused_blocks(target: Target, dtype: torch.dtype) -> Blocks:
     """For kernels that project."""
     if INTERPRETED:
-        return Blocks(16, 128, 64, 4, 1)
+        return Blocks(32, 256, 64, 4, 1)
     if dtype == torch.float32:
         return Blocks(64, 128, 32, 8, 2)
     if target.capability >= 90:
