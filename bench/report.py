@@ -76,7 +76,7 @@ def table(results: Results) -> str:
 
 # ---- what the project promises -------------------------------------------------------------------
 
-PEERS = ("dense", "trl", "liger", "orda", "cut-cross-entropy")
+PEERS = ("dense", "trl", "liger", "orda", "cut-cross-entropy", "torch")
 
 
 def promises(results: Results) -> list[dict[str, Any]]:
