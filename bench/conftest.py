@@ -18,8 +18,7 @@ RESULTS = pytest.StashKey[Results]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--quick", action="store_true", help="a tiny shape: does everything run?")
-    group.addoption("--rounds", type=int, default=5, help="paired rounds of ours")
-    group.addoption("--peer-rounds", type=int, default=5, help="paired rounds of the others")
+    group.addoption("--rounds", type=int, default=5, help="in which all take turns")
     group.addoption("--results", default=str(Path(__file__).parent / "results"))
 
 

@@ -1,7 +1,8 @@
 """Measuring: paired rounds for time, a process of its own for memory and error.
 
-Time (pytest-benchmark): before each round of a contender a round of the floor runs, so that a
-machine whose speed drifts moves both; the figure is the median of the rounds' ratios. Memory and
+Time (pytest-benchmark): the floor and all contenders of a case take turns, in the same order in
+each round, so that a machine whose speed drifts moves all; the figure is the median of the rounds'
+ratios. Memory and
 error: `python -m bench.measure` in a fresh process, which prints JSON: the peak of resident bytes
 (of the allocator's on a GPU) above what was there before the call, and the error of the gradients
 against float64.
@@ -13,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -35,25 +36,34 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def finished(function: Callable[[], None], cuda: bool) -> Callable[[], None]:
-    """The function, over only when the device is."""
-
-    def run() -> None:
-        function()
-        if cuda:
-            torch.cuda.synchronize()
-
-    return run
-
-
-def seconds(function: Callable[[], None]) -> float:
+def seconds(function: Callable[[], None], cuda: bool) -> float:
+    """Of one call, over only when the device is."""
+    if cuda:
+        torch.cuda.synchronize()
     started = time.perf_counter()
     function()
+    if cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
+class Turns:
+    """Functions that are timed one after the other, round by round."""
+
+    def __init__(self, steps: Mapping[str, Callable[[], None]], cuda: bool):
+        self.steps, self.cuda = steps, cuda
+        self.forget()
+
+    def forget(self) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
+
+    def take(self, *names: str) -> None:
+        for name in names:
+            self.seconds[name].append(seconds(self.steps[name], self.cuda))
+
+
 def summary(own: Sequence[float], floor: Sequence[float]) -> Timing:
-    """Of the seconds of a contender's rounds and the floor's before them."""
+    """Of the seconds of a contender's rounds and the floor's in the same rounds."""
     times = list(zip(own, floor, strict=True))
     ratios = sorted(mine / base for mine, base in times)
     quarter = len(ratios) // 4

@@ -1,15 +1,16 @@
-"""Each case: a shape, a task and a contender; time beside the floor, memory and error apart."""
+"""Each case: a shape, a task and its contenders; memory and error apart, then time in turns."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from bench.contenders import CONTENDERS, TASKS, find, step
+from bench.contenders import CONTENDERS, TASKS, Run, find, step
 from bench.floor import Floor, has_teacher
-from bench.measure import finished, probe_apart, seconds, summary
+from bench.measure import Turns, probe_apart, summary
 from bench.problems import GEMMA, LLAMA, QWEN, SMOLLM2, TINY, Shape, make
 from bench.report import Results
 from bench.smollm2 import absent
@@ -24,31 +25,44 @@ CASES: list[tuple[Shape, str, tuple[str, ...]]] = [
     (LLAMA, "forward_kl", ("ours", "liger")),
     (SMOLLM2, "forward_kl", EVERY),
 ]
-FULL = [(shape, task, who) for shape, task, contenders in CASES for who in contenders]
-QUICK = [(TINY, task, who) for task in TASKS for who in EVERY]
+QUICK = [(TINY, task, EVERY) for task in TASKS]
 
-_made: dict[Any, Any] = {}  # the last problem and its floor
+_made: dict[Any, Any] = {}  # the last problem and its floors
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        cases = QUICK if metafunc.config.getoption("--quick") else FULL
-        names = ["-".join((str(shape), task, who)) for shape, task, who in cases]
+    cases = QUICK if metafunc.config.getoption("--quick") else CASES
+    if "contender" in metafunc.fixturenames:
+        each = [(case, who) for case in cases for who in case[2]]
+        names = [f"{shape}-{task}-{who}" for (shape, task, _), who in each]
+        metafunc.parametrize(("case", "contender"), each, ids=names)
+    else:
+        names = [f"{shape}-{task}" for shape, task, _ in cases]
         metafunc.parametrize("case", cases, ids=names)
 
 
-@pytest.fixture
-def contender(case: Any, results: Results) -> Any:
-    """The function of a case, or a skip that says why there is none."""
-    shape, task, name = case
-    why = absent() if shape is SMOLLM2 else None
-    run = find(name, task)
-    if why is None and isinstance(run, str):
-        why = run
-    if why is not None:
-        results.absent[str(shape), task, name] = why
-        pytest.skip(f"{name}: {why}")
+def function_of(case: Any, contender: str, results: Results) -> Run | None:
+    """None, and the reason among the results, where there is none."""
+    shape, task, _ = case
+    run = (absent() if shape is SMOLLM2 else None) or find(contender, task)
+    if isinstance(run, str):
+        results.absent[str(shape), task, contender] = run
+        return None
     return run
+
+
+def test_memory_and_error(
+    case: Any, contender: str, results: Results, dtype: torch.dtype, device: str
+) -> None:
+    """In a process of its own."""
+    shape, task, _ = case
+    if function_of(case, contender, results) is None:
+        pytest.skip(results.absent[str(shape), task, contender])
+    found = probe_apart(shape, task, contender, str(dtype).removeprefix("torch."), device)
+    results.add(str(shape), task, contender, found)
+    assert contender != "ours" or "failed" not in found, found
+    if "failed" in found:
+        pytest.skip(f"{contender} failed: {found['failed']}")
 
 
 def problem_of(shape: Shape, task: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
@@ -66,36 +80,27 @@ def problem_of(shape: Shape, task: str, dtype: torch.dtype, device: str) -> tupl
 def test_time(
     benchmark: Any,
     case: Any,
-    contender: Any,
     results: Results,
     dtype: torch.dtype,
     device: str,
     request: pytest.FixtureRequest,
 ) -> None:
-    shape, task, name = case
+    """All in one process, in turns: pytest-benchmark counts our rounds, the others' go before."""
+    shape, task, contenders = case
+    runs = {name: function_of(case, name, results) for name in contenders}
+    if runs["ours"] is None:
+        pytest.skip(results.absent[str(shape), task, "ours"])
     x, floor = problem_of(shape, task, dtype, device)
-    option = "--rounds" if name == "ours" else "--peer-rounds"
-    rounds = 1 if request.config.getoption("--quick") else request.config.getoption(option)
-    cuda, before = device == "cuda", []
-    run, base = finished(lambda: step(contender, x), cuda), finished(floor, cuda)
+    steps = {name: partial(step, run, x) for name, run in runs.items() if run is not None}
+    turns = Turns({"floor": floor, **steps}, device == "cuda")
+    turns.take(*turns.steps)
+    turns.forget()  # the first is a warm-up
+    others = [name for name in turns.steps if name != "ours"]
+    rounds = 1 if request.config.getoption("--quick") else request.config.getoption("--rounds")
     benchmark.group = f"{shape} {task}"
-    benchmark.pedantic(
-        run, setup=lambda: before.append(seconds(base)), rounds=rounds, warmup_rounds=1
-    )
+    benchmark.pedantic(lambda: turns.take("ours"), setup=lambda: turns.take(*others), rounds=rounds)
     x.clear()
-    timing = summary(benchmark.stats.stats.data, before[-rounds:])
-    benchmark.extra_info.update(timing._asdict())
-    results.add(str(shape), task, name, timing._asdict())
-
-
-def test_memory_and_error(
-    case: Any, contender: Any, results: Results, dtype: torch.dtype, device: str
-) -> None:
-    """In a process of its own."""
-    shape, task, name = case
-    _made.clear()
-    found = probe_apart(shape, task, name, str(dtype).removeprefix("torch."), device)
-    results.add(str(shape), task, name, found)
-    assert name != "ours" or "failed" not in found, found
-    if "failed" in found:
-        pytest.skip(f"{name} failed: {found['failed']}")
+    for name in steps:
+        timing = summary(turns.seconds[name], turns.seconds["floor"])._asdict()
+        benchmark.extra_info[name] = timing
+        results.add(str(shape), task, name, timing)

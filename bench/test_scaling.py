@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.contenders import find, step
-from bench.measure import finished, probe_apart, seconds
+from bench.measure import probe_apart, seconds
 from bench.problems import QWEN, TINY, Shape, make, resized
 from bench.report import Results
 
@@ -38,9 +38,8 @@ def test_scaling(
     run = find(contender, "forward_kl")
     assert not isinstance(run, str)
     x = make(shape, dtype, device)
-    whole = finished(lambda: step(run, x), device == "cuda")
-    whole()
-    times = [seconds(whole) for _ in range(5)]
+    step(run, x)
+    times = [seconds(lambda: step(run, x), device == "cuda") for _ in range(5)]
     found = probe_apart(shape, "forward_kl", contender, str(dtype).removeprefix("torch."), device)
     point = {"rows": rows, "vocabulary": vocabulary, "seconds": statistics.median(times)}
     results.sweeps[axis, contender].append(point | found)
