@@ -51,11 +51,21 @@ class Turns:
     """Functions that are timed one after the other, round by round."""
 
     def __init__(self, steps: Mapping[str, Callable[[], None]], cuda: bool):
-        self.steps, self.cuda = steps, cuda
-        self.forget()
+        self.steps, self.cuda = dict(steps), cuda
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
 
-    def forget(self) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
+    def warm_up(self) -> dict[str, str]:
+        """A call of each; who can't is out, and why, in a word."""
+        failed = {}
+        for name, function in self.steps.items():
+            try:
+                function()
+            except Exception as error:  # whatever a library raises
+                first = (str(error).splitlines() or [""])[0]
+                failed[name] = in_a_word(f"{type(error).__name__}: {first}")
+        for name in failed:
+            del self.steps[name]
+        return failed
 
     def take(self, *names: str) -> None:
         for name in names:
@@ -141,7 +151,7 @@ def probe(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: s
 
 
 def probe_apart(shape: Shape, task: str, contender: str, dtype: str, device: str) -> dict[str, Any]:
-    """`probe` in a fresh process; {"failed": why} where it did not end well."""
+    """`probe` in a fresh process; {"failed": why, in a word} where it did not end well."""
     words = (shape.name, shape.rows, shape.vocab_size, task, contender, dtype, device)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench.measure", *map(str, words)],
@@ -150,9 +160,23 @@ def probe_apart(shape: Shape, task: str, contender: str, dtype: str, device: str
         cwd=Path(__file__).parents[1],
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["killed"])[-1]
-        return {"failed": f"exit {done.returncode}: {last}"}
+        print(done.stderr, file=sys.stderr)
+        return {"failed": in_a_word((done.stderr.strip().splitlines() or ["killed"])[-1])}
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+NO_MEMORY = ("out of memory", "outofmemory", "not enough memory", "allocate memory", "killed")
+REFUSALS = ("ValueError", "TypeError", "NotImplementedError", "AssertionError")
+MESSAGE = 80  # characters that a table has room for
+
+
+def in_a_word(error: str) -> str:
+    """Why a contender has no figure, from `Kind: message`."""
+    if any(sign in error.lower() for sign in NO_MEMORY):
+        return "out of memory"
+    kind, _, message = error.partition(": ")
+    verb = "refuses" if kind in REFUSALS else "fails"
+    return f"{verb}: {message or kind}"[:MESSAGE].replace("|", "/")
 
 
 def main(words: list[str]) -> None:

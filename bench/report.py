@@ -60,18 +60,34 @@ def workspace(case: dict[str, Any]) -> float | None:
 
 
 def table(results: Results) -> str:
-    """Markdown, a section for each shape."""
+    """Markdown, a section for each shape; who has no figures is there with the reason."""
     lines = []
-    shapes = dict.fromkeys(shape for shape, _, _ in results.cases)
-    for shape in shapes:
+    for shape, tasks in _tasks(results).items():
         lines += [f"\n### {shape}\n", "| " + " | ".join(HEADINGS) + " |", "|---" * 6 + "|"]
-        for (own, task, contender), case in results.cases.items():
-            if own == shape:
-                lines.append("| " + " | ".join(_cells(task, contender, case)) + " |")
-        for (own, task, contender), why in results.absent.items():
-            if own == shape and why != "has no such loss":
-                lines.append(f"| {task} | {contender} | absent: {why} | | | |")
+        for task in tasks:
+            for (own, other, contender), case in results.cases.items():
+                if (own, other) == (shape, task):
+                    lines.append("| " + " | ".join(_cells(task, contender, case)) + " |")
+            for why, names in _absent(results, shape, task).items():
+                lines.append(f"| {task} | {', '.join(names)} | {why} | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _tasks(results: Results) -> dict[str, list[str]]:
+    """By shape, in the order of the session."""
+    found: dict[str, list[str]] = {}
+    for shape, task in dict.fromkeys((s, t) for s, t, _ in [*results.cases, *results.absent]):
+        found.setdefault(shape, []).append(task)
+    return found
+
+
+def _absent(results: Results, shape: str, task: str) -> dict[str, list[str]]:
+    """Contenders by the reason."""
+    found: dict[str, list[str]] = {}
+    for (own, other, contender), why in results.absent.items():
+        if (own, other) == (shape, task):
+            found.setdefault(why, []).append(contender)
+    return found
 
 
 # ---- what the project promises -------------------------------------------------------------------
@@ -132,7 +148,7 @@ def _cells(task: str, contender: str, case: dict[str, Any]) -> list[str]:
         f"**{contender}**" if contender == "ours" else contender,
         _spelt(case.get("seconds"), ".2f"),
         _spelt(case.get("ratio"), ".2f"),
-        case.get("failed") or _spelt(None if space is None else space / MB, ",.0f"),
+        _spelt(None if space is None else space / MB, ",.0f"),
         _spelt(case.get("gradient_error"), ".1e"),
     ]
 

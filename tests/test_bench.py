@@ -8,7 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench.measure import Turns
+from bench.measure import Turns, in_a_word
+from bench.report import Results, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,13 +30,32 @@ def test_a_quick_session(tmp_path: Path) -> None:
     assert {("forward_kl", "ours"), ("forward_kl", "dense")} <= cases.keys()
     for case in cases.values():
         assert case["ratio"] > 0 and case["peak_bytes"] > 0 and case["gradient_error"] < 1e-5
-    assert "| forward_kl | **ours** |" in (tmp_path / "table.md").read_text()
+    written = (tmp_path / "table.md").read_text()
+    assert "| forward_kl | **ours** |" in written
+    assert "| forward_kl | cut-cross-entropy, torch | has no such loss |" in written
 
 
 def test_all_take_turns() -> None:
     seen: list[str] = []
-    turns = Turns({name: partial(seen.append, name) for name in ("floor", "ours")}, cuda=False)
+
+    def refuse() -> None:
+        raise ValueError("no such shape\nand more")
+
+    steps = {name: partial(seen.append, name) for name in ("floor", "ours")}
+    turns = Turns({**steps, "other": refuse}, cuda=False)
+    assert turns.warm_up() == {"other": "refuses: no such shape"}
     for _ in range(2):
         turns.take(*turns.steps)
-    assert seen == ["floor", "ours"] * 2
-    assert [len(times) for times in turns.seconds.values()] == [2, 2]
+    assert seen == ["floor", "ours"] * 3
+    assert [len(times) for times in turns.seconds.values()] == [2, 2, 0]
+
+
+def test_a_failure_is_a_word_in_the_table() -> None:
+    assert in_a_word("torch.OutOfMemoryError: CUDA out of memory. Tried 1 GiB") == "out of memory"
+    assert in_a_word("RuntimeError: [enforce] DefaultCPUAllocator: can't allocate memory: 9") == (
+        "out of memory"
+    )
+    assert in_a_word("RuntimeError: broken | odd") == "fails: broken / odd"
+    results = Results()
+    results.absent["big", "jsd", "orda"] = "out of memory"
+    assert "| jsd | orda | out of memory | | | |" in table(results)
