@@ -50,7 +50,7 @@ $(PEERS_STAMP): $(STAMP) Makefile
 	@$(PIP) --no-deps $(PEERS)
 	@touch $@
 
-bench: install $(PEERS_STAMP)  ## time, memory and error beside other libraries: bench/results/
+bench: install $(PEERS_STAMP)  ## time, memory, error beside other libraries (20 minutes): bench/results/
 	$(BIN)/python -m pytest bench
 
 test-peers: install $(PEERS_STAMP)  ## agreement with other libraries, and inside their trainers

@@ -18,6 +18,7 @@ RESULTS = pytest.StashKey[Results]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--quick", action="store_true", help="a tiny shape: does everything run?")
+    group.addoption("--all", action="store_true", help="every case; takes hours on a CPU")
     group.addoption("--rounds", type=int, default=5, help="in which all take turns")
     group.addoption("--results", default=str(Path(__file__).parent / "results"))
 
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def results(request: pytest.FixtureRequest) -> Results:
     return request.config.stash[RESULTS]
+
+
+@pytest.fixture(scope="session")
+def rounds(request: pytest.FixtureRequest) -> int:
+    config = request.config
+    return 1 if config.getoption("--quick") else config.getoption("--rounds")
 
 
 @pytest.fixture(scope="session")

@@ -8,45 +8,33 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contenders import CONTENDERS, TASKS, Run, find, step
+from bench.cases import Case, select, selection
+from bench.contenders import CONTENDERS, Run, find, step
 from bench.floor import Floor, has_teacher
 from bench.measure import Turns, probe_apart, summary
-from bench.problems import GEMMA, LLAMA, QWEN, SMOLLM2, TINY, Shape, make
+from bench.problems import SMOLLM2, Shape, make
 from bench.report import Results
 from bench.smollm2 import absent
-
-EVERY = tuple(CONTENDERS)
-CASES: list[tuple[Shape, str, tuple[str, ...]]] = [
-    *((QWEN, task, EVERY) for task in ("forward_kl", "jsd", "three_signals", "cross_entropy")),
-    *((QWEN, task, ("ours",)) for task in ("reverse_kl", "total_variation", "alpha_beta", "rows")),
-    (QWEN, "skew_forward_kl", ("ours", "orda")),
-    (GEMMA, "forward_kl", ("ours", "dense", "trl", "liger")),
-    (GEMMA, "three_signals", ("ours", "trl", "liger")),
-    (LLAMA, "forward_kl", ("ours", "liger")),
-    (SMOLLM2, "forward_kl", EVERY),
-]
-QUICK = [(TINY, task, EVERY) for task in TASKS]
 
 _made: dict[Any, Any] = {}  # the last problem and its floors
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = QUICK if metafunc.config.getoption("--quick") else CASES
+    cases = select(**selection(metafunc.config))
     if "contender" in metafunc.fixturenames:
-        each = [(case, who) for case in cases for who in case[2]]
-        names = [f"{shape}-{task}-{who}" for (shape, task, _), who in each]
+        each = [(case, who) for case in cases for who in case.contenders]
+        names = [f"{case}-{who}" for case, who in each]
         metafunc.parametrize(("case", "contender"), each, ids=names)
     else:
-        names = [f"{shape}-{task}" for shape, task, _ in cases]
-        metafunc.parametrize("case", cases, ids=names)
+        metafunc.parametrize("case", cases, ids=map(str, cases))
 
 
-def function_of(case: Any, contender: str, results: Results) -> Run | None:
+def function_of(case: Case, contender: str, results: Results) -> Run | None:
     """None, and the reason among the results, where there is none or its memory run failed."""
     shape, task, _ = case
     if (str(shape), task, contender) in results.absent:
         return None
-    run = (absent() if shape is SMOLLM2 else None) or find(contender, task)
+    run = (absent() if shape.name == SMOLLM2.name else None) or find(contender, task)
     if isinstance(run, str):
         results.absent[str(shape), task, contender] = run
         return None
@@ -54,7 +42,7 @@ def function_of(case: Any, contender: str, results: Results) -> Run | None:
 
 
 def test_memory_and_error(
-    case: Any, contender: str, results: Results, dtype: torch.dtype, device: str
+    case: Case, contender: str, results: Results, dtype: torch.dtype, device: str
 ) -> None:
     """In a process of its own."""
     shape, task, _ = case
@@ -82,11 +70,11 @@ def problem_of(shape: Shape, task: str, dtype: torch.dtype, device: str) -> tupl
 
 def test_time(
     benchmark: Any,
-    case: Any,
+    case: Case,
     results: Results,
     dtype: torch.dtype,
     device: str,
-    request: pytest.FixtureRequest,
+    rounds: int,
 ) -> None:
     """All in one process, in turns: pytest-benchmark counts our rounds, the others' go before."""
     shape, task, contenders = case
@@ -95,12 +83,14 @@ def test_time(
         pytest.skip(results.absent[str(shape), task, "ours"])
     x, floor = problem_of(shape, task, dtype, device)
     steps = {name: partial(step, run, x) for name, run in runs.items() if run is not None}
+    for name in (name for name in CONTENDERS if name not in contenders):
+        why = find(name, task)
+        results.absent[str(shape), task, name] = why if isinstance(why, str) else "with --all"
     turns = Turns({"floor": floor, **steps}, device == "cuda")
     for name, why in turns.warm_up().items():
         results.absent[str(shape), task, name] = why
     assert "ours" in turns.steps, results.absent
     others = [name for name in turns.steps if name != "ours"]
-    rounds = 1 if request.config.getoption("--quick") else request.config.getoption("--rounds")
     benchmark.group = f"{shape} {task}"
     benchmark.pedantic(lambda: turns.take("ours"), setup=lambda: turns.take(*others), rounds=rounds)
     x.clear()

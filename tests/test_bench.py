@@ -8,7 +8,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from bench.cases import ALL, DEFAULT, select, sweeps
+from bench.contenders import KD
 from bench.measure import Turns, in_a_word
+from bench.problems import QWEN
 from bench.report import Results, table
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +62,14 @@ def test_a_failure_is_a_word_in_the_table() -> None:
     results = Results()
     results.absent["big", "jsd", "orda"] = "out of memory"
     assert "| jsd | orda | out of memory | | | |" in table(results)
+
+
+def test_the_default_session_has_every_task_at_qwen() -> None:
+    assert select() == DEFAULT and select(everything=True) == ALL
+    tasks = {case.task for case in DEFAULT if case.shape == QWEN}
+    left_out = {"skew_reverse_kl", "jeffreys"}  # as their siblings
+    assert {*KD, "cross_entropy", "three_signals", "rows"} - left_out <= tasks
+    for case in DEFAULT:
+        assert "ours" in case.contenders
+        assert any(case[:2] == other[:2] for other in ALL)
+    assert set(sweeps()) < set(sweeps(everything=True))

@@ -1,0 +1,78 @@
+"""Which cases a session measures: a shape, a task and its contenders.
+
+By default about 20 minutes on two cores: each task at the shape of Qwen2.5 beside the floor and its
+fastest rivals, the real states of SmolLM2, and Gemma's vocabulary. `--all` has every contender of
+every case, and more shapes; it takes hours. `--quick` has a tiny shape.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from bench.contenders import CONTENDERS, TASKS
+from bench.problems import GEMMA, LLAMA, QWEN, SMOLLM2, TINY, Shape, resized
+
+EVERYONE = tuple(CONTENDERS)
+
+
+class Case(NamedTuple):
+    shape: Shape
+    task: str
+    contenders: tuple[str, ...] = EVERYONE
+
+    def __str__(self) -> str:
+        return f"{self.shape}-{self.task}"
+
+
+DEFAULT = (
+    Case(QWEN, "forward_kl"),
+    Case(QWEN, "reverse_kl", ("ours", "liger")),
+    Case(QWEN, "jsd", ("ours", "liger")),
+    Case(QWEN, "skew_forward_kl", ("ours", "dense")),
+    Case(QWEN, "total_variation", ("ours",)),
+    Case(QWEN, "alpha_beta", ("ours",)),
+    Case(QWEN, "three_signals", ("ours", "dense", "liger")),
+    Case(QWEN, "rows", ("ours", "dense")),
+    Case(QWEN, "cross_entropy"),
+    Case(GEMMA, "forward_kl", ("ours", "liger")),
+    Case(GEMMA, "three_signals", ("ours", "liger")),
+    Case(SMOLLM2, "forward_kl"),
+    Case(SMOLLM2, "log_prob", ("ours", "dense", "trl")),
+)
+ALL = (
+    *(Case(QWEN, task) for task in TASKS),
+    *(Case(resized(QWEN, rows=128), task) for task in ("forward_kl", "three_signals")),
+    *(Case(GEMMA, task) for task in ("forward_kl", "jsd", "three_signals", "cross_entropy")),
+    *(Case(LLAMA, task) for task in ("forward_kl", "three_signals", "cross_entropy")),
+    *(Case(SMOLLM2, task) for task in TASKS),
+)
+QUICK = tuple(Case(TINY, task) for task in TASKS)
+
+ROWS = (128, 256, 512, 1024, 2048, 4096)
+VOCABULARIES = (16_384, 32_768, 65_536, 131_072, 262_144)
+
+
+class Point(NamedTuple):
+    axis: str  # rows or vocabulary: which one grows
+    shape: Shape
+
+
+def selection(config: pytest.Config) -> dict[str, bool]:
+    """The options that `select` and `sweeps` take."""
+    return {"quick": config.getoption("--quick"), "everything": config.getoption("--all")}
+
+
+def select(*, quick: bool = False, everything: bool = False) -> tuple[Case, ...]:
+    return QUICK if quick else ALL if everything else DEFAULT
+
+
+def sweeps(*, quick: bool = False, everything: bool = False) -> list[Point]:
+    if quick:
+        return [Point("rows", resized(TINY, rows=n)) for n in (16, 32)]
+    rows, vocabularies = (ROWS, VOCABULARIES) if everything else (ROWS[1:-1], VOCABULARIES[1:-1])
+    return [
+        *(Point("rows", resized(QWEN, n, 32_768)) for n in rows),
+        *(Point("vocabulary", resized(QWEN, 256, v)) for v in vocabularies),
+    ]
