@@ -7,9 +7,11 @@ every case, and more shapes; it takes hours. `--quick` has a tiny shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from bench.contenders import CONTENDERS, TASKS
 from bench.problems import GEMMA, LLAMA, QWEN, SMOLLM2, TINY, Shape, resized
@@ -21,9 +23,19 @@ class Case(NamedTuple):
     shape: Shape
     task: str
     contenders: tuple[str, ...] = EVERYONE
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def section(self) -> str:
+        """Of the tables."""
+        return f"{self.shape}-bf16" if self.dtype == torch.bfloat16 else str(self.shape)
 
     def __str__(self) -> str:
-        return f"{self.shape}-{self.task}"
+        return f"{self.section}-{self.task}"
+
+
+def bf16(cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(case._replace(dtype=torch.bfloat16) for case in cases)
 
 
 DEFAULT = (
@@ -40,15 +52,20 @@ DEFAULT = (
     Case(GEMMA, "three_signals", ("ours", "liger")),
     Case(SMOLLM2, "forward_kl"),
     Case(SMOLLM2, "log_prob", ("ours", "dense", "trl")),
+    *bf16(
+        Case(shape, "forward_kl", ("ours", "dense", "trl", "liger")) for shape in (QWEN, SMOLLM2)
+    ),
 )
+ROUNDED = ("forward_kl", "reverse_kl", "jsd", "three_signals", "cross_entropy")
 ALL = (
     *(Case(QWEN, task) for task in TASKS),
     *(Case(resized(QWEN, rows=128), task) for task in ("forward_kl", "three_signals")),
     *(Case(GEMMA, task) for task in ("forward_kl", "jsd", "three_signals", "cross_entropy")),
     *(Case(LLAMA, task) for task in ("forward_kl", "three_signals", "cross_entropy")),
     *(Case(SMOLLM2, task) for task in TASKS),
+    *bf16(Case(shape, task) for shape in (QWEN, SMOLLM2) for task in ROUNDED),
 )
-QUICK = tuple(Case(TINY, task) for task in TASKS)
+QUICK = (*(Case(TINY, task) for task in TASKS), *bf16([Case(TINY, "forward_kl")]))
 
 ROWS = (128, 256, 512, 1024, 2048, 4096)
 VOCABULARIES = (16_384, 32_768, 65_536, 131_072, 262_144)

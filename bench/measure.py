@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,10 @@ def peak_bytes(function: Callable[[], None], cuda: bool) -> int:
     return _status("VmHWM") - before
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def gradient_bytes(x: Problem) -> int:
     return sum(t.numel() * t.element_size() for t in (x.hidden, x.weight))
 
@@ -146,13 +150,13 @@ def probe(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: s
         "peak_bytes": peak,
         "gradient_bytes": gradient_bytes(x),
         "gradient_error": gradient_error(task, contender, x),
-        "bf16": dtype == torch.bfloat16,
+        "dtype": _name(dtype),
     }
 
 
-def probe_apart(shape: Shape, task: str, contender: str, dtype: str, device: str) -> dict[str, Any]:
+def probe_apart(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: str) -> dict:
     """`probe` in a fresh process; {"failed": why, in a word} where it did not end well."""
-    words = (shape.name, shape.rows, shape.vocab_size, task, contender, dtype, device)
+    words = (shape.name, shape.rows, shape.vocab_size, task, contender, _name(dtype), device)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench.measure", *map(str, words)],
         capture_output=True,

@@ -35,6 +35,6 @@ def test_scaling(
     x = make(shape, dtype, device)
     step(run, x)
     times = [seconds(lambda: step(run, x), device == "cuda") for _ in range(rounds)]
-    found = probe_apart(shape, "forward_kl", contender, str(dtype).removeprefix("torch."), device)
+    found = probe_apart(shape, "forward_kl", contender, dtype, device)
     size = {"rows": shape.rows, "vocabulary": shape.vocab_size}
     results.sweeps[axis, contender].append(size | {"seconds": statistics.median(times)} | found)
