@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.cases import device_of
 from bench.report import Results, write_all
 
 RESULTS = pytest.StashKey[Results]()
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--quick", action="store_true", help="a tiny shape: does everything run?")
     group.addoption("--all", action="store_true", help="every case; takes hours on a CPU")
+    group.addoption("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
     group.addoption("--rounds", type=int, default=5, help="in which all take turns")
     group.addoption("--results", default=str(Path(__file__).parent / "results"))
 
@@ -44,13 +46,13 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device(request: pytest.FixtureRequest) -> str:
+    return device_of(request.config)
 
 
 @pytest.fixture(scope="session")
 def dtype(device: str) -> torch.dtype:
-    """What a GPU's users train in; on a CPU fp32."""
+    """Of the sweeps."""
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
@@ -59,7 +61,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash[RESULTS]
     if found.cases:
         folder = Path(session.config.getoption("--results"))
-        write_all(found, folder)
+        write_all(found, folder, device_of(session.config))
         if importlib.util.find_spec("matplotlib") is not None:
             from bench.plots import draw
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,28 +42,36 @@ def sides(x: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def _ours_kd(name: str) -> Run:
-    return lambda x: linear_distill_loss(*sides(x), divergence=name, beta=BETA, alpha=ALPHA).loss
+def _ours_kd(name: str, backend: str) -> Run:
+    settings: dict[str, Any] = {"divergence": name, "beta": BETA, "alpha": ALPHA}
+    return lambda x: linear_distill_loss(*sides(x), **settings, backend=backend).loss
 
 
-def _ours_three(x: Problem) -> Tensor:
-    return linear_dudi_loss(
-        *sides(x),
-        x.targets,
-        x.segments,
-        preference_weight=0.1,
-        on_policy_divergence="forward_kl",
-        preference_beta=PREFERENCE_BETA,
-    ).loss
+def _ours_three(backend: str) -> Run:
+    return lambda x: (
+        linear_dudi_loss(
+            *sides(x),
+            x.targets,
+            x.segments,
+            preference_weight=0.1,
+            on_policy_divergence="forward_kl",
+            preference_beta=PREFERENCE_BETA,
+            backend=backend,
+        ).loss
+    )
 
 
-OURS: dict[str, Run] = {
-    **{name: _ours_kd(name) for name in KD},
-    "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.targets),
-    "log_prob": lambda x: linear_log_prob(x.hidden, x.weight, x.targets).mean(),
-    "three_signals": _ours_three,
-    "rows": lambda x: linear_distill(*sides(x)).divergence.mean(),
-}
+def ours(backend: str) -> dict[str, Run]:
+    def alone(x: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        return x.hidden, x.weight, x.targets
+
+    return {
+        **{name: _ours_kd(name, backend) for name in KD},
+        "cross_entropy": lambda x: linear_cross_entropy(*alone(x), backend=backend),
+        "log_prob": lambda x: linear_log_prob(*alone(x), backend=backend).mean(),
+        "three_signals": _ours_three(backend),
+        "rows": lambda x: linear_distill(*sides(x), backend=backend).divergence.mean(),
+    }
 
 
 # ---- dense PyTorch -------------------------------------------------------------------------------
@@ -248,7 +257,8 @@ TORCH: dict[str, Run] = {
 }
 
 CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Run]]] = {  # the packages it needs
-    "ours": ((), OURS),
+    "ours": ((), ours("torch")),
+    "ours-triton": (("triton",), ours("triton")),
     "dense": ((), DENSE),
     "trl": (("trl",), TRL),
     "liger": (("liger_kernel", "trl"), LIGER),
@@ -256,6 +266,9 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Run]]] = {  # the package
     "cut-cross-entropy": (("cut_cross_entropy", "triton"), CCE),
     "torch": ((), TORCH),
 }
+
+
+GPU_ONLY = ("ours-triton",)
 
 
 def find(contender: str, task: str) -> Run | str:

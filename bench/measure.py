@@ -37,13 +37,17 @@ class Timing(NamedTuple):
 
 
 def seconds(function: Callable[[], None], cuda: bool) -> float:
-    """Of one call, over only when the device is."""
+    """Of one call; on a GPU between two events in its stream."""
     if cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # nothing else is under way
+        start.record()
+        function()
+        end.record()
         torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
     started = time.perf_counter()
     function()
-    if cuda:
-        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -101,6 +105,7 @@ def _status(field: str) -> int:
 def peak_bytes(function: Callable[[], None], cuda: bool) -> int:
     """The most memory during the call above what was there before."""
     if cuda:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()

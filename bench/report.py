@@ -34,11 +34,15 @@ class Results:
         self.cases.setdefault((shape, task, contender), {}).update(values)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     from dudi.run import environment as versions
 
     found = {k: v for k, v in versions().items() if k != "os"} | {"system": platform.system()}
-    for name in ("trl", "liger_kernel", "orda_kernel", "cut_cross_entropy"):
+    if device == "cpu":
+        found["device"] = "cpu"  # whatever GPU is there
+    else:
+        found["cuda"] = torch.version.cuda
+    for name in ("triton", "trl", "liger_kernel", "orda_kernel", "cut_cross_entropy"):
         found[name] = _version(name)
     return found | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
@@ -92,6 +96,7 @@ def _absent(results: Results, shape: str, task: str) -> dict[str, list[str]]:
 
 # ---- what the project promises -------------------------------------------------------------------
 
+OURS = ("ours", "ours-triton")
 PEERS = ("dense", "trl", "liger", "orda", "cut-cross-entropy", "torch")
 
 
@@ -145,7 +150,7 @@ def _cells(task: str, contender: str, case: dict[str, Any]) -> list[str]:
     space = workspace(case)
     return [
         task,
-        f"**{contender}**" if contender == "ours" else contender,
+        f"**{contender}**" if contender in OURS else contender,
         _spelt(case.get("seconds"), ".2f"),
         _spelt(case.get("ratio"), ".2f"),
         _spelt(None if space is None else space / MB, ",.0f"),
@@ -157,10 +162,32 @@ def _spelt(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def write_all(results: Results, folder: Path) -> None:
+def readme(results: Results, place: dict[str, Any]) -> str:
+    """Markdown to paste: for each shape tasks down, contenders across."""
+    device = place["cpu"] if place["device"] == "cpu" else place["device"]
+    lines = [f"{device}, torch {place['torch']}; time / bare GEMMs, workspace in MB"]
+    for shape, tasks in _tasks(results).items():
+        names = dict.fromkeys(c for s, _, c in [*results.cases, *results.absent] if s == shape)
+        lines += ["", "| " + " | ".join((shape, *names)) + " |", "|---" * (1 + len(names)) + "|"]
+        for task in tasks:
+            cells = (_short(results, (shape, task, name)) for name in names)
+            lines.append("| " + " | ".join((task, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(results: Results, key: tuple[str, str, str]) -> str:
+    case = results.cases.get(key, {})
+    if "ratio" not in case:
+        return results.absent.get(key, "")
+    space = workspace(case)
+    return f"{case['ratio']:.2f}" + (f", {space / MB:,.0f}" if space is not None else "")
+
+
+def write_all(results: Results, folder: Path, device: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    place = environment(device)
     content = {
-        "environment": environment(),
+        "environment": place,
         "promises": promises(results),
         "cases": [
             {"shape": shape, "task": task, "contender": contender, **case}
@@ -177,3 +204,4 @@ def write_all(results: Results, folder: Path) -> None:
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / "table.md").write_text(table(results) + promise_table(results), encoding="utf-8")
+    (folder / "readme.md").write_text(readme(results, place), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.cases import Case, select, selection
-from bench.contenders import CONTENDERS, Run, find, step
+from bench.contenders import CONTENDERS, GPU_ONLY, Run, find, step
 from bench.floor import Floor, has_teacher
 from bench.measure import Turns, probe_apart, summary
 from bench.problems import SMOLLM2, Problem, make
@@ -71,7 +71,7 @@ def test_time(benchmark: Any, case: Case, results: Results, device: str, rounds:
     runs = {name: function_of(case, name, results) for name in case.contenders}
     if runs["ours"] is None:
         pytest.skip(results.absent[section, task, "ours"])
-    for name in (name for name in CONTENDERS if name not in case.contenders):
+    for name in (n for n in CONTENDERS if n not in (*case.contenders, *GPU_ONLY)):
         why = find(name, task)
         results.absent[section, task, name] = why if isinstance(why, str) else "with --all"
     x, floor = problem_of(case, device)

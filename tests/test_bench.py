@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench.cases import ALL, DEFAULT, select, sweeps
 from bench.contenders import KD
-from bench.measure import Turns, in_a_word
+from bench.measure import Turns, in_a_word, seconds
 from bench.problems import QWEN, SMOLLM2
 from bench.report import Results, table
 
@@ -40,6 +42,7 @@ def test_a_quick_session(tmp_path: Path) -> None:
         assert 1e-3 < case["gradient_error"] < 1e-1 if rounded else case["gradient_error"] < 1e-5
     written = (tmp_path / "table.md").read_text()
     assert "| forward_kl | **ours** |" in written
+    assert "| tiny-48-bf16 | ours | dense |" in (tmp_path / "readme.md").read_text()
     assert "| forward_kl | cut-cross-entropy, torch | has no such loss |" in written
 
 
@@ -70,7 +73,7 @@ def test_a_failure_is_a_word_in_the_table() -> None:
 
 
 def test_the_default_session_has_every_task_at_qwen() -> None:
-    assert select() == DEFAULT and select(everything=True) == ALL
+    assert len(select()) == len(DEFAULT) and len(select(everything=True)) == len(ALL)
     tasks = {case.task for case in DEFAULT if case.shape == QWEN}
     left_out = {"skew_reverse_kl", "jeffreys"}  # as their siblings
     assert {*KD, "cross_entropy", "three_signals", "rows"} - left_out <= tasks
@@ -81,3 +84,38 @@ def test_the_default_session_has_every_task_at_qwen() -> None:
     assert set(rounded) == {QWEN, SMOLLM2}
     assert all({"ours", "dense", "trl", "liger"} <= set(who) for who in rounded.values())
     assert set(sweeps()) < set(sweeps(everything=True))
+
+
+def test_a_gpu_has_bf16_and_both_backends() -> None:
+    for case in select(everything=True, cuda=True):
+        assert case.dtype == torch.bfloat16 and {"ours", "ours-triton"} <= set(case.contenders)
+    names = [str(case) for case in select(everything=True, cuda=True)]
+    assert len(names) == len(set(names)) and "qwen2.5-4096-bf16-forward_kl" in names
+    assert not any("ours-triton" in case.contenders for case in select(everything=True))
+
+
+def test_a_gpu_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", partial(calls.append, "wait"))
+    assert seconds(partial(calls.append, "run"), cuda=True) == 1.5
+    assert calls == ["wait", "record", "run", "record", "wait"]
+
+
+def test_no_gpu_is_an_error_where_one_is_asked_for() -> None:
+    words = ("bench", "--device", "cuda", "-q", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *words, "--collect-only"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0 and "torch finds no GPU" in done.stdout + done.stderr
