@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.cases import device_of
-from bench.report import Results, write_all
+from bench.report import Results, target_table, write_all
 
 RESULTS = pytest.StashKey[Results]()
 
@@ -66,6 +66,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             from bench.plots import draw
 
             draw(found, folder)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[RESULTS].cases:
+        terminalreporter.write(target_table(config.stash[RESULTS]))
 
 
 @pytest.fixture(autouse=True)

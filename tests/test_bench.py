@@ -16,7 +16,7 @@ from bench.cases import ALL, DEFAULT, select, sweeps
 from bench.contenders import KD
 from bench.measure import Turns, in_a_word, seconds
 from bench.problems import QWEN, SMOLLM2
-from bench.report import Results, table
+from bench.report import BOTH, ERROR, SPACE, SPEED, TIME, Results, table, targets
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,8 @@ def test_a_quick_session(tmp_path: Path) -> None:
         assert 1e-3 < case["gradient_error"] < 1e-1 if rounded else case["gradient_error"] < 1e-5
     written = (tmp_path / "table.md").read_text()
     assert "| forward_kl | **ours** |" in written
+    assert {line["verdict"] for line in summary["targets"]} <= {"met", "missed", ""}
+    assert "## Targets" in written and "## Targets" in done.stdout
     assert "| tiny-48-bf16 | ours | dense |" in (tmp_path / "readme.md").read_text()
     assert "| forward_kl | cut-cross-entropy, torch | has no such loss |" in written
 
@@ -119,3 +121,21 @@ def test_no_gpu_is_an_error_where_one_is_asked_for() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "torch finds no GPU" in done.stdout + done.stderr
+
+
+def test_targets_are_met_or_missed() -> None:
+    results = Results()
+    for task, ratio in (("forward_kl", 1.2), ("three_signals", 1.5)):
+        own = {"ratio": ratio, "peak_bytes": 2e8, "gradient_bytes": 1e8, "gradient_error": 1e-6}
+        results.add("big", task, "ours", own | {"dtype": "float32"})
+    results.add("big", "forward_kl", "dense", {"ratio": 1.8, "gradient_error": 1e-7})
+    results.add("big", "forward_kl", "liger", {"ratio": 1.5})
+    found = {(line["task"], line["figure"]): line for line in targets(results)}
+    verdicts = {key: (line["value"], line["verdict"]) for key, line in found.items()}
+    assert verdicts["forward_kl", TIME] == (1.2, "met")
+    assert verdicts["three_signals", TIME] == (1.5, "missed")
+    assert verdicts["forward_kl", SPEED] == (1.25, "met")
+    assert verdicts["three_signals", BOTH] == (1.25, "missed")
+    assert verdicts["forward_kl", SPACE] == (0.373, "met")
+    assert verdicts["forward_kl", ERROR] == (10.0, "missed")
+    assert ("three_signals", SPEED) not in found
