@@ -12,6 +12,7 @@ import torch
 
 from bench.cases import device_of
 from bench.report import Results, target_table, write_all
+from bench.smollm2 import CACHE
 
 RESULTS = pytest.StashKey[Results]()
 
@@ -32,6 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # other libraries' warnings are theirs
         item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Real states are made once in a session, not in each process that measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE, str(tmp_path_factory.mktemp("states")))
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import smollm2
 from bench.cases import ALL, DEFAULT, select, sweeps
 from bench.contenders import KD
 from bench.measure import Turns, in_a_word, seconds
@@ -46,6 +47,19 @@ def test_a_quick_session(tmp_path: Path) -> None:
     assert "## Targets" in written and "## Targets" in done.stdout
     assert "| tiny-48-bf16 | ours | dense |" in (tmp_path / "readme.md").read_text()
     assert "| forward_kl | cut-cross-entropy, torch | has no such loss |" in written
+
+
+def test_real_states_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def compute(rows: int) -> tuple[torch.Tensor, ...]:
+        made.append(rows)
+        return (torch.arange(rows),) * 4
+
+    monkeypatch.setattr(smollm2, "_computed", compute)
+    monkeypatch.setenv(smollm2.CACHE, str(tmp_path))
+    first, again = smollm2.real_states(3), smollm2.real_states(3)
+    assert made == [3] and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_all_take_turns() -> None:
