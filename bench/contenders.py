@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from dudi_kernels import (
     linear_distill,
     linear_distill_loss,
     linear_dudi_loss,
+    linear_log_prob,
 )
 
 Run = Callable[[Problem], Tensor]  # the loss, differentiable
@@ -29,7 +31,8 @@ KD = (
     "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
     "alpha_beta", "jeffreys",
 )  # fmt: skip
-TASKS = (*KD, "cross_entropy", "three_signals", "rows")
+ALONE = ("cross_entropy", "log_prob")  # need no teacher
+TASKS = (*KD, *ALONE, "three_signals", "rows")
 
 
 def sides(x: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,27 +42,36 @@ def sides(x: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def _ours_kd(name: str) -> Run:
-    return lambda x: linear_distill_loss(*sides(x), divergence=name, beta=BETA, alpha=ALPHA).loss
+def _ours_kd(name: str, backend: str) -> Run:
+    settings: dict[str, Any] = {"divergence": name, "beta": BETA, "alpha": ALPHA}
+    return lambda x: linear_distill_loss(*sides(x), **settings, backend=backend).loss
 
 
-def _ours_three(x: Problem) -> Tensor:
-    return linear_dudi_loss(
-        *sides(x),
-        x.targets,
-        x.segments,
-        preference_weight=0.1,
-        on_policy_divergence="forward_kl",
-        preference_beta=PREFERENCE_BETA,
-    ).loss
+def _ours_three(backend: str) -> Run:
+    return lambda x: (
+        linear_dudi_loss(
+            *sides(x),
+            x.targets,
+            x.segments,
+            preference_weight=0.1,
+            on_policy_divergence="forward_kl",
+            preference_beta=PREFERENCE_BETA,
+            backend=backend,
+        ).loss
+    )
 
 
-OURS: dict[str, Run] = {
-    **{name: _ours_kd(name) for name in KD},
-    "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.targets),
-    "three_signals": _ours_three,
-    "rows": lambda x: linear_distill(*sides(x)).divergence.mean(),
-}
+def ours(backend: str) -> dict[str, Run]:
+    def alone(x: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        return x.hidden, x.weight, x.targets
+
+    return {
+        **{name: _ours_kd(name, backend) for name in KD},
+        "cross_entropy": lambda x: linear_cross_entropy(*alone(x), backend=backend),
+        "log_prob": lambda x: linear_log_prob(*alone(x), backend=backend).mean(),
+        "three_signals": _ours_three(backend),
+        "rows": lambda x: linear_distill(*sides(x), backend=backend).divergence.mean(),
+    }
 
 
 # ---- dense PyTorch -------------------------------------------------------------------------------
@@ -130,6 +142,7 @@ def _dense_log_prob(x: Problem) -> Tensor:
 DENSE: dict[str, Run] = {
     **{name: _dense_kd(name) for name in KD},
     "cross_entropy": lambda x: F.cross_entropy(dense_logits(x.hidden, x.weight), x.targets),
+    "log_prob": lambda x: _dense_log_prob(x).mean(),
     "three_signals": with_preference(_dense_kd("forward_kl"), _dense_log_prob),
     "rows": _dense_kd("forward_kl"),
 }
@@ -162,6 +175,7 @@ def _trl_log_prob(x: Problem) -> Tensor:
 TRL: dict[str, Run] = {
     **{name: _trl_kd(name) for name in TRAINER_BETA},
     "cross_entropy": lambda x: -_trl_log_prob(x).mean(),
+    "log_prob": lambda x: _trl_log_prob(x).mean(),
     "three_signals": with_preference(_trl_kd("forward_kl"), _trl_log_prob),
     "rows": _trl_kd("forward_kl"),
 }
@@ -216,21 +230,45 @@ def _orda_kd(name: str) -> Run:
 ORDA: dict[str, Run] = {name: _orda_kd(name) for name in ORDA_NAME}
 
 
-def _cce(x: Problem) -> Tensor:
+def _cce(x: Problem, reduction: str = "mean") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cut
 
     kind = "cce" if x.hidden.is_cuda else "torch_compile"
-    return cut(x.hidden, x.weight, x.targets, impl=kind)
+    return cut(x.hidden, x.weight, x.targets, impl=kind, reduction=reduction)
 
+
+CCE: dict[str, Run] = {
+    "cross_entropy": _cce,
+    "log_prob": lambda x: -_cce(x, "none").mean(),
+}
+
+
+def _torch_cross_entropy(x: Problem, reduction: str = "mean") -> Tensor:
+    """torch's own, in chunks of its choice; without options it is the dense one."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(
+        x.hidden, x.weight, x.targets, reduction=reduction, options=options
+    )
+
+
+TORCH: dict[str, Run] = {
+    "cross_entropy": _torch_cross_entropy,
+    "log_prob": lambda x: -_torch_cross_entropy(x, "none").mean(),
+}
 
 CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Run]]] = {  # the packages it needs
-    "ours": ((), OURS),
+    "ours": ((), ours("torch")),
+    "ours-triton": (("triton",), ours("triton")),
     "dense": ((), DENSE),
     "trl": (("trl",), TRL),
     "liger": (("liger_kernel", "trl"), LIGER),
     "orda": (("orda_kernel",), ORDA),
-    "cut-cross-entropy": (("cut_cross_entropy", "triton"), {"cross_entropy": _cce}),
+    "cut-cross-entropy": (("cut_cross_entropy", "triton"), CCE),
+    "torch": ((), TORCH),
 }
+
+
+GPU_ONLY = ("ours-triton",)
 
 
 def find(contender: str, task: str) -> Run | str:
@@ -238,6 +276,8 @@ def find(contender: str, task: str) -> Run | str:
     packages, tasks = CONTENDERS[contender]
     if task not in tasks:
         return "has no such loss"
+    if contender == "torch" and not hasattr(F, "linear_cross_entropy"):
+        return "needs torch 2.13"
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"{', '.join(missing)} not installed" if missing else tasks[task]
 

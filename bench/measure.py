@@ -1,7 +1,8 @@
 """Measuring: paired rounds for time, a process of its own for memory and error.
 
-Time (pytest-benchmark): before each round of a contender a round of the floor runs, so that a
-machine whose speed drifts moves both; the figure is the median of the rounds' ratios. Memory and
+Time (pytest-benchmark): the floor and all contenders of a case take turns, in the same order in
+each round, so that a machine whose speed drifts moves all; the figure is the median of the rounds'
+ratios. Memory and
 error: `python -m bench.measure` in a fresh process, which prints JSON: the peak of resident bytes
 (of the allocator's on a GPU) above what was there before the call, and the error of the gradients
 against float64.
@@ -13,10 +14,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,25 +36,48 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def finished(function: Callable[[], None], cuda: bool) -> Callable[[], None]:
-    """The function, over only when the device is."""
-
-    def run() -> None:
+def seconds(function: Callable[[], None], cuda: bool) -> float:
+    """Of one call; on a GPU between two events in its stream."""
+    if cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # nothing else is under way
+        start.record()
         function()
-        if cuda:
-            torch.cuda.synchronize()
-
-    return run
-
-
-def seconds(function: Callable[[], None]) -> float:
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
+class Turns:
+    """Functions that are timed one after the other, round by round."""
+
+    def __init__(self, steps: Mapping[str, Callable[[], None]], cuda: bool):
+        self.steps, self.cuda = dict(steps), cuda
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def warm_up(self) -> dict[str, str]:
+        """A call of each; who can't is out, and why, in a word."""
+        failed = {}
+        for name, function in self.steps.items():
+            try:
+                function()
+            except Exception as error:  # whatever a library raises
+                first = (str(error).splitlines() or [""])[0]
+                failed[name] = in_a_word(f"{type(error).__name__}: {first}")
+        for name in failed:
+            del self.steps[name]
+        return failed
+
+    def take(self, *names: str) -> None:
+        for name in names:
+            self.seconds[name].append(seconds(self.steps[name], self.cuda))
+
+
 def summary(own: Sequence[float], floor: Sequence[float]) -> Timing:
-    """Of the seconds of a contender's rounds and the floor's before them."""
+    """Of the seconds of a contender's rounds and the floor's in the same rounds."""
     times = list(zip(own, floor, strict=True))
     ratios = sorted(mine / base for mine, base in times)
     quarter = len(ratios) // 4
@@ -81,6 +105,7 @@ def _status(field: str) -> int:
 def peak_bytes(function: Callable[[], None], cuda: bool) -> int:
     """The most memory during the call above what was there before."""
     if cuda:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -90,6 +115,10 @@ def peak_bytes(function: Callable[[], None], cuda: bool) -> int:
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def gradient_bytes(x: Problem) -> int:
@@ -126,13 +155,13 @@ def probe(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: s
         "peak_bytes": peak,
         "gradient_bytes": gradient_bytes(x),
         "gradient_error": gradient_error(task, contender, x),
-        "bf16": dtype == torch.bfloat16,
+        "dtype": _name(dtype),
     }
 
 
-def probe_apart(shape: Shape, task: str, contender: str, dtype: str, device: str) -> dict[str, Any]:
-    """`probe` in a fresh process; {"failed": why} where it did not end well."""
-    words = (shape.name, shape.rows, shape.vocab_size, task, contender, dtype, device)
+def probe_apart(shape: Shape, task: str, contender: str, dtype: torch.dtype, device: str) -> dict:
+    """`probe` in a fresh process; {"failed": why, in a word} where it did not end well."""
+    words = (shape.name, shape.rows, shape.vocab_size, task, contender, _name(dtype), device)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench.measure", *map(str, words)],
         capture_output=True,
@@ -140,9 +169,23 @@ def probe_apart(shape: Shape, task: str, contender: str, dtype: str, device: str
         cwd=Path(__file__).parents[1],
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["killed"])[-1]
-        return {"failed": f"exit {done.returncode}: {last}"}
+        print(done.stderr, file=sys.stderr)
+        return {"failed": in_a_word((done.stderr.strip().splitlines() or ["killed"])[-1])}
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+NO_MEMORY = ("out of memory", "outofmemory", "not enough memory", "allocate memory", "killed")
+REFUSALS = ("ValueError", "TypeError", "NotImplementedError", "AssertionError")
+MESSAGE = 80  # characters that a table has room for
+
+
+def in_a_word(error: str) -> str:
+    """Why a contender has no figure, from `Kind: message`."""
+    if any(sign in error.lower() for sign in NO_MEMORY):
+        return "out of memory"
+    kind, _, message = error.partition(": ")
+    verb = "refuses" if kind in REFUSALS else "fails"
+    return f"{verb}: {message or kind}"[:MESSAGE].replace("|", "/")
 
 
 def main(words: list[str]) -> None:

@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {
-    "ours": "#c2410c", "dense": "#64748b", "trl": "#2563eb", "liger": "#0d9488",
-    "orda": "#a855f7", "cut-cross-entropy": "#ca8a04",
+    "ours": "#c2410c", "ours-triton": "#fb923c", "dense": "#64748b", "trl": "#2563eb",
+    "liger": "#0d9488", "orda": "#a855f7", "cut-cross-entropy": "#ca8a04", "torch": "#dc2626",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import linear_regression
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,11 +34,15 @@ class Results:
         self.cases.setdefault((shape, task, contender), {}).update(values)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     from dudi.run import environment as versions
 
     found = {k: v for k, v in versions().items() if k != "os"} | {"system": platform.system()}
-    for name in ("trl", "liger_kernel", "orda_kernel", "cut_cross_entropy"):
+    if device == "cpu":
+        found["device"] = "cpu"  # whatever GPU is there
+    else:
+        found["cuda"] = torch.version.cuda
+    for name in ("triton", "trl", "liger_kernel", "orda_kernel", "cut_cross_entropy"):
         found[name] = _version(name)
     return found | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
@@ -60,54 +64,122 @@ def workspace(case: dict[str, Any]) -> float | None:
 
 
 def table(results: Results) -> str:
-    """Markdown, a section for each shape."""
+    """Markdown, a section for each shape; who has no figures is there with the reason."""
     lines = []
-    shapes = dict.fromkeys(shape for shape, _, _ in results.cases)
-    for shape in shapes:
+    for shape, tasks in _tasks(results).items():
         lines += [f"\n### {shape}\n", "| " + " | ".join(HEADINGS) + " |", "|---" * 6 + "|"]
-        for (own, task, contender), case in results.cases.items():
-            if own == shape:
-                lines.append("| " + " | ".join(_cells(task, contender, case)) + " |")
-        for (own, task, contender), why in results.absent.items():
-            if own == shape and why != "has no such loss":
-                lines.append(f"| {task} | {contender} | absent: {why} | | | |")
+        for task in tasks:
+            for (own, other, contender), case in results.cases.items():
+                if (own, other) == (shape, task):
+                    lines.append("| " + " | ".join(_cells(task, contender, case)) + " |")
+            for why, names in _absent(results, shape, task).items():
+                lines.append(f"| {task} | {', '.join(names)} | {why} | | | |")
     return "\n".join(lines) + "\n"
 
 
-# ---- what the project promises -------------------------------------------------------------------
-
-PEERS = ("dense", "trl", "liger", "orda", "cut-cross-entropy")
-
-
-def promises(results: Results) -> list[dict[str, Any]]:
-    """Figures that a reader asks for first, each from this session's cases."""
-    found: list[dict[str, Any]] = []
-    ours = {(s, t): case for (s, t, c), case in results.cases.items() if c == "ours"}
-    for (shape, task), case in ours.items():
-        if "ratio" in case:
-            found.append(_line(shape, task, "time / bare GEMMs", case["ratio"]))
-        others = {
-            name: other["ratio"] / case["ratio"]
-            for name in PEERS
-            if "ratio" in case and "ratio" in (other := results.cases.get((shape, task, name), {}))
-        }
-        if others:
-            fastest = min(others, key=lambda name: others[name])
-            found.append(_line(shape, task, f"speed beside {fastest}, the next", others[fastest]))
-        if (space := workspace(case)) is not None:
-            found.append(_line(shape, task, "workspace / memory_budget", space / DEFAULT_BUDGET))
-    for shape in dict.fromkeys(shape for shape, _ in ours):
-        kd, three = (ours.get((shape, t), {}).get("ratio") for t in ("forward_kl", "three_signals"))
-        if kd and three:
-            found.append(_line(shape, "three_signals", "time / KD alone", three / kd))
-    for (axis, contender), points in results.sweeps.items():
-        slope = _slope([(point[axis], point["seconds"]) for point in points])
-        found.append(_line(f"over {axis}", contender, "log-log slope of time", slope))
+def _tasks(results: Results) -> dict[str, list[str]]:
+    """By shape, in the order of the session."""
+    found: dict[str, list[str]] = {}
+    for shape, task in dict.fromkeys((s, t) for s, t, _ in [*results.cases, *results.absent]):
+        found.setdefault(shape, []).append(task)
     return found
 
 
-def _line(shape: str, task: str, what: str, value: float) -> dict[str, Any]:
-    return {"shape": shape, "task": task, "what": what, "value": round(value, 3)}
+def _absent(results: Results, shape: str, task: str) -> dict[str, list[str]]:
+    """Contenders by the reason."""
+    found: dict[str, list[str]] = {}
+    for (own, other, contender), why in results.absent.items():
+        if (own, other) == (shape, task):
+            found.setdefault(why, []).append(contender)
+    return found
+
+
+# ---- what the project aims at --------------------------------------------------------------------
+
+OURS = ("ours", "ours-triton")
+TIME, SPEED, SPACE = "time / bare GEMMs", "speed / the fastest other's", "workspace / memory_budget"
+BOTH, ERROR, SLOPE = "time / KD alone", "gradient error / dense's", "log-log slope of time"
+
+
+class Target(NamedTuple):
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def verdict(self, value: float) -> str:
+        high = self.at_most is not None and value > self.at_most
+        low = self.at_least is not None and value < self.at_least
+        return "missed" if high or low or math.isnan(value) else "met"
+
+    def __str__(self) -> str:
+        return f"<= {self.at_most}" if self.at_least is None else f">= {self.at_least}"
+
+
+TARGETS = {
+    TIME: Target(at_most=1.25),  # in fp32
+    SPEED: Target(at_least=1.0),
+    SPACE: Target(at_most=1.0),
+    BOTH: Target(at_most=1.05),
+    ERROR: Target(at_most=1.0),
+    SLOPE: Target(at_most=1.05),
+}
+STREAMED = {  # each logit is made twice: 4 and 2 GEMMs for the floor's 3 and 1, or 4 for 3
+    "rows": Target(at_most=2.0),
+    "log_prob": Target(at_most=1.7),
+}
+
+
+def targets(results: Results) -> list[dict[str, Any]]:
+    """Figures of ours that a reader asks for first, each beside what it should be."""
+    found: list[dict[str, Any]] = []
+    for (shape, task, name), case in results.cases.items():
+        if name in OURS:
+            for figure, value in _figures(results, shape, task, name).items():
+                found.append(_line(shape, task, name, figure, value, _target(figure, task, case)))
+    for (axis, name), points in results.sweeps.items():
+        slope = _slope([(point[axis], point["seconds"]) for point in points])
+        found.append(_line(f"over {axis}", "forward_kl", name, SLOPE, slope, TARGETS[SLOPE]))
+    return found
+
+
+def _figures(results: Results, shape: str, task: str, name: str) -> dict[str, float]:
+    """Those that the session has."""
+    case = results.cases[shape, task, name]
+    here = {c: v for (s, t, c), v in results.cases.items() if (s, t) == (shape, task)}
+    others = {c: v["ratio"] for c, v in here.items() if c not in OURS and "ratio" in v}
+    found = {}
+    if "ratio" in case:
+        found[TIME] = case["ratio"]
+        if others:
+            found[SPEED] = min(others.values()) / case["ratio"]
+        kd = results.cases.get((shape, "forward_kl", name), {}).get("ratio")
+        if task == "three_signals" and kd:
+            found[BOTH] = case["ratio"] / kd
+    if (space := workspace(case)) is not None:
+        found[SPACE] = space / DEFAULT_BUDGET
+    if "gradient_error" in case and "gradient_error" in here.get("dense", {}):
+        found[ERROR] = case["gradient_error"] / here["dense"]["gradient_error"]
+    return found
+
+
+def _target(figure: str, task: str, case: dict[str, Any]) -> Target | None:
+    if figure == TIME:
+        in_fp32 = case.get("dtype") == "float32"
+        return STREAMED.get(task, TARGETS[TIME]) if in_fp32 else None
+    return TARGETS[figure]
+
+
+def _line(
+    shape: str, task: str, contender: str, figure: str, value: float, target: Target | None
+) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "task": task,
+        "contender": contender,
+        "figure": figure,
+        "value": None if math.isnan(value) else round(value, 3),
+        "target": "" if target is None else str(target),
+        "verdict": "" if target is None else target.verdict(value),
+    }
 
 
 def _slope(points: list[tuple[float, float]]) -> float:
@@ -116,12 +188,12 @@ def _slope(points: list[tuple[float, float]]) -> float:
     return linear_regression(xs, ys).slope if len(set(xs)) > 1 else math.nan
 
 
-def promise_table(results: Results) -> str:
-    lines = ["\n## In short\n", "| shape | task | figure | value |", "|---|---|---|---|"]
-    lines += [
-        f"| {p['shape']} | {p['task']} | {p['what']} | {p['value']:.2f} |"
-        for p in promises(results)
-    ]
+def target_table(results: Results) -> str:
+    names = ("shape", "task", "contender", "figure", "value", "target", "verdict")
+    lines = ["\n## Targets\n", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for line in targets(results):
+        cells = (_spelt(v, ".2f") if k == "value" else v for k, v in line.items())
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -129,10 +201,10 @@ def _cells(task: str, contender: str, case: dict[str, Any]) -> list[str]:
     space = workspace(case)
     return [
         task,
-        f"**{contender}**" if contender == "ours" else contender,
+        f"**{contender}**" if contender in OURS else contender,
         _spelt(case.get("seconds"), ".2f"),
         _spelt(case.get("ratio"), ".2f"),
-        case.get("failed") or _spelt(None if space is None else space / MB, ",.0f"),
+        _spelt(None if space is None else space / MB, ",.0f"),
         _spelt(case.get("gradient_error"), ".1e"),
     ]
 
@@ -141,11 +213,33 @@ def _spelt(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def write_all(results: Results, folder: Path) -> None:
+def readme(results: Results, place: dict[str, Any]) -> str:
+    """Markdown to paste: for each shape tasks down, contenders across."""
+    device = place["cpu"] if place["device"] == "cpu" else place["device"]
+    lines = [f"{device}, torch {place['torch']}; time / bare GEMMs, workspace in MB"]
+    for shape, tasks in _tasks(results).items():
+        names = dict.fromkeys(c for s, _, c in [*results.cases, *results.absent] if s == shape)
+        lines += ["", "| " + " | ".join((shape, *names)) + " |", "|---" * (1 + len(names)) + "|"]
+        for task in tasks:
+            cells = (_short(results, (shape, task, name)) for name in names)
+            lines.append("| " + " | ".join((task, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(results: Results, key: tuple[str, str, str]) -> str:
+    case = results.cases.get(key, {})
+    if "ratio" not in case:
+        return results.absent.get(key, "")
+    space = workspace(case)
+    return f"{case['ratio']:.2f}" + (f", {space / MB:,.0f}" if space is not None else "")
+
+
+def write_all(results: Results, folder: Path, device: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    place = environment(device)
     content = {
-        "environment": environment(),
-        "promises": promises(results),
+        "environment": place,
+        "targets": targets(results),
         "cases": [
             {"shape": shape, "task": task, "contender": contender, **case}
             for (shape, task, contender), case in results.cases.items()
@@ -160,4 +254,5 @@ def write_all(results: Results, folder: Path) -> None:
         ],
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (folder / "table.md").write_text(table(results) + promise_table(results), encoding="utf-8")
+    (folder / "table.md").write_text(table(results) + target_table(results), encoding="utf-8")
+    (folder / "readme.md").write_text(readme(results, place), encoding="utf-8")

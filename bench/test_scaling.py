@@ -7,40 +7,40 @@ import statistics
 import pytest
 import torch
 
-from bench.contenders import find, step
-from bench.measure import finished, probe_apart, seconds
-from bench.problems import QWEN, TINY, Shape, make, resized
+from bench.cases import Point, selection, sweeps
+from bench.contenders import GPU_ONLY, find, step
+from bench.measure import probe_apart, seconds
+from bench.problems import make
 from bench.report import Results
-
-ROWS = (128, 256, 512, 1024, 2048, 4096)
-VOCABULARIES = (16_384, 32_768, 65_536, 131_072, 262_144)
-SWEEPS = [("rows", QWEN, 32_768, n) for n in ROWS] + [
-    ("vocabulary", QWEN, v, 256) for v in VOCABULARIES
-]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    quick = metafunc.config.getoption("--quick")
-    sweeps = [("rows", TINY, 3000, n) for n in (16, 32)] if quick else SWEEPS
-    metafunc.parametrize("sweep", sweeps, ids=[f"{a}-{n}x{v}" for a, _, v, n in sweeps])
+    chosen = selection(metafunc.config)
+    ours = ["ours", *GPU_ONLY] if chosen.pop("cuda") else ["ours"]
+    points = sweeps(**chosen)
+    metafunc.parametrize("contender", ours)
+    names = [f"{axis}-{shape.rows}x{shape.vocab_size}" for axis, shape in points]
+    metafunc.parametrize("point", points, ids=names)
 
 
-@pytest.mark.parametrize("contender", ["ours"])
 def test_scaling(
-    sweep: tuple[str, Shape, int, int],
+    point: Point,
     contender: str,
     results: Results,
     dtype: torch.dtype,
     device: str,
+    rounds: int,
 ) -> None:
-    axis, base, vocabulary, rows = sweep
-    shape = resized(base, rows, vocabulary)
+    axis, shape = point
     run = find(contender, "forward_kl")
-    assert not isinstance(run, str)
+    if isinstance(run, str):
+        pytest.skip(run)
+    found = probe_apart(shape, "forward_kl", contender, dtype, device)
+    if "failed" in found:
+        assert contender in GPU_ONLY, found
+        pytest.skip(found["failed"])
     x = make(shape, dtype, device)
-    whole = finished(lambda: step(run, x), device == "cuda")
-    whole()
-    times = [seconds(whole) for _ in range(5)]
-    found = probe_apart(shape, "forward_kl", contender, str(dtype).removeprefix("torch."), device)
-    point = {"rows": rows, "vocabulary": vocabulary, "seconds": statistics.median(times)}
-    results.sweeps[axis, contender].append(point | found)
+    step(run, x)
+    times = [seconds(lambda: step(run, x), device == "cuda") for _ in range(rounds)]
+    size = {"rows": shape.rows, "vocabulary": shape.vocab_size}
+    results.sweeps[axis, contender].append(size | {"seconds": statistics.median(times)} | found)
