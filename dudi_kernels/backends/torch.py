@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dudi_kernels.adaptive import forward_share
 from dudi_kernels.backends import native
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import BLOCK
@@ -108,7 +109,8 @@ def accumulate(
 
 
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
-    """Whether `steps` holds temporaries of a tile; the compiled steps don't."""
+    """Whether `steps` holds temporaries of a tile; the compiled steps don't, but for the likelier
+    tokens of one row a thread where a divergence is adaptive."""
     return not native.takes(device, measures)
 
 
@@ -128,6 +130,8 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
         own = slice(part.first_row, part.first_row + len(part.student))
         if wanted.statistics or wanted.teacher_statistics:
             _statistics(setting, state, part, own, wanted)
+        if wanted.mixture:
+            _mix(setting, state, part, own)
         if wanted.sums or wanted.gradient:
             _sums_and_gradient(setting, state, part, own, wanted)
 
@@ -174,6 +178,18 @@ def _log_probs(logits: Tensor, log_sum: Tensor, inv_tau: float, masked: bool) ->
     return values.clamp_(min=FLOOR) if masked else values
 
 
+def _mix(setting: Setting, state: RowState, tile: Tile, own: slice) -> None:
+    assert state.mixture is not None and tile.teacher is not None
+    p, q = (
+        _log_probs(logits, log_sum[own], inv_tau, setting.masked).exp_()
+        for logits, log_sum, inv_tau in (
+            (tile.teacher, state.teacher_tempered_log_sum, setting.teacher_inv_tau),
+            (tile.student, state.tempered_log_sum, setting.inv_tau),
+        )
+    )
+    state.mixture[own] = forward_share(p, q)
+
+
 def _sums_and_gradient(
     setting: Setting, state: RowState, tile: Tile, own: slice, wanted: Steps
 ) -> None:
@@ -196,7 +212,8 @@ def _sums_and_gradient(
                 tile.teacher, state.teacher_tempered_log_sum[own], setting.teacher_inv_tau, masked
             )
             q, p = lq.exp(), lp.exp()
-        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), measure.a, measure.b)
+        a = measure.a if state.mixture is None or not measure.adaptive else state.mixture[own, None]
+        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), a, measure.b)
         if wanted.sums:
             state.divergence[own] += phi.sum(1)
             state.g_sum[own] += g.sum(1)

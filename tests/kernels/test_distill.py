@@ -229,6 +229,8 @@ INFINITE = {
     ("reverse_kl", "teacher"),
     ("jeffreys", "student"),
     ("jeffreys", "teacher"),
+    ("adaptive_kl", "student"),
+    ("adaptive_kl", "teacher"),
 }
 
 
