@@ -80,7 +80,9 @@ def linear_distill_loss(
             tokens and one bucket with the rest of the vocabulary, at temperature 1.
         divergence: a name in `DIVERGENCES`; `beta` in (0, 1) belongs to jsd (the teacher's share)
             and jeffreys (the weight of forward KL), `alpha` in (0, 1) to the skew divergences, both
-            (positive) to alpha_beta. No factor of temperature squared.
+            (positive) to alpha_beta. adaptive_kl is jeffreys with each row's own weight of forward
+            KL: the share of sum |p - q| that lies in the teacher's head, its likeliest tokens up to
+            half of its mass; it has no gradient. No factor of temperature squared.
         temperature: of both distributions in the divergence, or of the student's where
             `teacher_temperature` is given; log-probabilities, entropies and cross-entropy are at 1.
         token_weight: None means 1 / (number of rows that count) for each row. A weight of 0 keeps
@@ -98,7 +100,8 @@ def linear_distill_loss(
         ValueError, TypeError: shapes, dtypes, devices, ranges or names that don't fit.
 
     Sources: GKD, arXiv 2306.13649 (jsd); MiniLLM, 2306.08543 (reverse KL); DistiLLM, 2402.03898
-    (skew); f-distill, 2307.15190 (total variation); ABKD, 2505.04560 (alpha-beta).
+    (skew); f-distill, 2307.15190 (total variation); ABKD, 2505.04560 (alpha-beta); AKL, 2404.02657
+    (adaptive KL).
     """
     student = checks.side("student", student_hidden, student_head)
     measure = checks.divergence("divergence", divergence, beta, alpha)
@@ -170,7 +173,8 @@ def linear_distill(
 
     For losses whose row weights are not known before the values are; where they are,
     `linear_distill_loss` costs less (3 GEMMs of the student's and 1 of the teacher's, not 4 and 2).
-    The vocabulary is streamed in blocks, twice forward for divergences other than the two KLs.
+    The vocabulary is streamed in blocks, twice forward for divergences other than the two KLs; the
+    forward pass of adaptive_kl is over chunks of rows, so that the budget has to hold some.
 
     Args:
         divergence, beta, alpha, temperature, teacher_temperature, targets: as in
@@ -321,10 +325,20 @@ def linear_cross_entropy(
     counted = Counted(rows, flat, ignore_index)
     own, flat = counted.rows(rows), counted.pick(flat)
     if reduction == "none":
-        return counted.put_back(-log_prob(own, flat, 1.0, pick_backend(backend, rows.hidden.device), memory_budget))
+        return counted.put_back(
+            -log_prob(own, flat, 1.0, pick_backend(backend, rows.hidden.device), memory_budget)
+        )
     weight = None if reduction == "mean" else torch.ones(len(flat), device=flat.device)
     loss, _ = _weighted_sweep(
-        own, None, None, flat, weight, 1.0, (1.0, 1.0), pick_backend(backend, rows.hidden.device), memory_budget
+        own,
+        None,
+        None,
+        flat,
+        weight,
+        1.0,
+        (1.0, 1.0),
+        pick_backend(backend, rows.hidden.device),
+        memory_budget,
     )
     return loss
 

@@ -69,8 +69,14 @@ def plan_memory(
     call = _Call(rows, vocab_size, widths, dtype.itemsize, convert, train_hidden, train_weight)
     if per_row:
         block, tile_rows = plan_block(rows, widths, convert, memory_budget, **settings)
-        chained = teacher_width is None or measure.chain is not None
-        return _recompute(call, block, tile_rows * settings["temporaries"], 1 if chained else 2)
+        once = teacher_width is None or measure.chain is not None or measure.adaptive
+        by_block = _recompute(call, block, tile_rows * settings["temporaries"], 1 if once else 2)
+        if teacher_width is None or not measure.adaptive:
+            return by_block
+        by_row = _without_gradients(call, settings, memory_budget)
+        return by_block._replace(
+            workspace=max(by_block.workspace, by_row), peak=max(by_block.peak, by_row)
+        )
     plan = plan_retain(vocab_size, widths, convert, memory_budget, **settings)
     return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
 
@@ -135,6 +141,14 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
         gradients,
         gradients + max(workspace, rounded),  # the buffers are gone when gradients are rounded
     )
+
+
+def _without_gradients(call: _Call, settings: dict[str, bool], budget: int) -> int:
+    """Workspace of a *retain* sweep that makes values alone."""
+    plan = plan_retain(call.vocab_size, call.widths, call.convert, budget, **settings)
+    quiet = call._replace(train_hidden=False, train_weight=False)
+    tile_rows = plan.tile_rows * settings["temporaries"]
+    return _retain(quiet, even(call.rows, plan.chunk_rows), tile_rows).workspace
 
 
 def _recompute(call: _Call, block: int, tile_rows: int, forward_passes: int) -> MemoryPlan:

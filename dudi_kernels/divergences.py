@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 FLOOR = -1e38  # stands for log 0, so that 0 * (lp - lq) is 0 and not NaN
 TINY = 2e-38  # keeps 0 / 0 out of the mixtures; the least normal fp32 is 1.2e-38
+HEAD_MASS = 0.5  # of the teacher's likeliest tokens, at the most: mu of AKL, arXiv 2404.02657
 
 Terms = Callable[..., "tuple[Any, Any]"]
 
@@ -104,6 +105,7 @@ class Measure(NamedTuple):
     student_masks: Pole
     teacher_masks: Pole
     chain: Chain | None
+    adaptive: bool  # whether each row has an a of its own (adaptive.py) in place of this one
 
 
 def _pole(terms: Terms, helpers: Helpers, a: float, b: float, p: float, q: float) -> Pole:
@@ -130,6 +132,7 @@ class Divergence:
     helpers: Helpers = Helpers.NONE
     parameters: Parameters = lambda beta, alpha: (0.0, 0.0)
     chain: Chain | None = None
+    adaptive: bool = False
 
     def __call__(
         self,
@@ -155,6 +158,7 @@ class Divergence:
             student_masks=_pole(self.terms, self.helpers, a, b, p=1.0, q=0.0),
             teacher_masks=_pole(self.terms, self.helpers, a, b, p=0.0, q=1.0),
             chain=self.chain,
+            adaptive=self.adaptive,
         )
 
 
@@ -162,6 +166,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(forward_kl, chain=Chain(True, -1.0, 0.0)),
     "reverse_kl": Divergence(reverse_kl, chain=Chain(False, 1.0, 1.0)),
     "jeffreys": Divergence(jeffreys, parameters=lambda beta, alpha: (beta, 0.0)),
+    "adaptive_kl": Divergence(jeffreys, parameters=lambda beta, alpha: (0.5, 0.0), adaptive=True),
     "jsd": Divergence(jsd, Helpers.MIXTURE, lambda beta, alpha: (beta, 0.0)),
     "skew_forward_kl": Divergence(
         skew_forward_kl, Helpers.MIXTURE, lambda beta, alpha: (alpha, 0.0)
@@ -172,3 +177,8 @@ DIVERGENCES: dict[str, Divergence] = {
     "total_variation": Divergence(total_variation),
     "alpha_beta": Divergence(alpha_beta, Helpers.POWERS, lambda beta, alpha: (alpha, beta)),
 }
+
+
+def distinct() -> dict[Terms, Divergence]:
+    """One divergence of each terms, in order: what compiled code has a number for."""
+    return {divergence.terms: divergence for divergence in DIVERGENCES.values()}

@@ -139,6 +139,11 @@ def row_wise(
         teacher_inv_tau=1 / temperatures[1],
         block=block,
         tile_rows=tile_rows,
+        row_plan=(
+            make_plan(learner, guide, [measure], backend, memory_budget)
+            if measure is not None and measure.adaptive
+            else None
+        ),
         backend=backend,
     )
     return RowWise.apply(job, *student.inputs)

@@ -3,7 +3,8 @@
 The forward pass streams blocks of columns for all rows and keeps their statistics; the backward
 pass makes the blocks again and writes each block of dW once, in its own dtype. Entropy and the two
 KLs add up over blocks by the chain rule, so they need one forward pass; other divergences need the
-log-sum-exps of whole rows first, and take two.
+log-sum-exps of whole rows first, and take two. An adaptive one needs whole rows of logits: its
+forward pass is one over chunks of rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Chain, Measure
-from dudi_kernels.sweep import Needs, Side, chunks, inputs_of, new_gradients
+from dudi_kernels.plan import Plan
+from dudi_kernels.sweep import (
+    Needs,
+    Side,
+    Span,
+    Sweep,
+    Task,
+    chunks,
+    even,
+    inputs_of,
+    new_gradients,
+)
 from dudi_kernels.tiles import (
     STUDENT_POLE,
     TEACHER_POLE,
@@ -42,6 +54,7 @@ class Job(NamedTuple):
     teacher_inv_tau: float
     block: int  # columns
     tile_rows: int
+    row_plan: Plan | None  # of a forward pass over rows, where the divergence needs one
     backend: ModuleType
 
 
@@ -100,6 +113,8 @@ class Stream:
 
 def _forward(job: Job) -> RowState:
     """The state of all rows."""
+    if job.row_plan is not None:
+        return _by_rows(job, job.row_plan)
     rows = job.student.hidden
     state = RowState.fresh(torch.zeros(len(rows), device=rows.device))
     job.backend.Stream(job).forward(state)
@@ -107,6 +122,30 @@ def _forward(job: Job) -> RowState:
         infinite = (state.poles & infinite_mask(job.measure)) != 0
         state.divergence.masked_fill_(infinite, torch.inf)
     return state
+
+
+def _by_rows(job: Job, plan: Plan) -> RowState:
+    """A *retain* sweep without gradients."""
+    assert job.measure is not None
+    rows = len(job.student.hidden)
+    task = Task(
+        student=job.student,
+        teacher=job.teacher,
+        targets=job.targets,
+        weight=torch.zeros(rows, device=job.student.hidden.device),
+        spans=[Span(0, rows, job.measure)],
+        groups=[[chunk] for chunk in chunks(0, rows, even(rows, plan.chunk_rows))],
+        coefficient=None,
+        coefficients=None,
+        teacher_log_prob=False,
+        inv_tau=job.inv_tau,
+        teacher_inv_tau=job.teacher_inv_tau,
+        plan=plan,
+        needs=Needs(*[False] * len(Needs._fields)),
+    )
+    sweep = Sweep(task, job.backend)
+    sweep.run()
+    return sweep.state
 
 
 # ---- one pass by the chain rule ------------------------------------------------------------------

@@ -146,6 +146,8 @@ class Sweep:
         self.teacher = new() if task.teacher is not None else None
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = self._known_coefficients()
+        if any(span.measure.adaptive for span in task.spans):
+            self.state.mixture = torch.zeros_like(self.state.weight)
         other = None if task.teacher is None else task.teacher.head
         inv_taus = (task.inv_tau, task.teacher_inv_tau)
         self.setting = Setting.of(head, other, task.targets, inv_taus, task.plan.tile_rows)
@@ -256,6 +258,7 @@ class Sweep:
             wanted = Steps(
                 statistics=statistics,
                 teacher_statistics=read and (late_teacher or (statistics and teacher)),
+                mixture=sums and measure is not None and measure.adaptive,
                 sums=sums,
                 gradient=gradient and any(self.task.needs),
             )

@@ -1,8 +1,10 @@
-"""What a sweep asks of a backend: three steps over a tile of logits, and the state of its rows.
+"""What a sweep asks of a backend: four steps over a tile of logits, and the state of its rows.
 
-*statistics*: log-sum-exps, on top of what earlier columns gave. *sums*: divergence, sum of g and
-entropies, added to what earlier columns gave; needs the log-sum-exps of whole rows. *gradient*: the
-logits become the gradient of the raw logits; needs the sums of whole rows.
+*statistics*: log-sum-exps, on top of what earlier columns gave. *mixture*: each row's own a of an
+adaptive divergence (adaptive.py); needs whole rows of logits and their log-sum-exps. *sums*:
+divergence, sum of g and entropies, added to what earlier columns gave; needs the log-sum-exps of
+whole rows. *gradient*: the logits become the gradient of the raw logits; needs the sums of whole
+rows.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dudi_kernels.divergences import TINY, Helpers, Measure
+from dudi_kernels.divergences import FLOOR, TINY, Helpers, Measure
 from dudi_kernels.head import LMHead
 
 STUDENT_POLE, TEACHER_POLE = 1, 2  # who masks a token that the other gives mass
@@ -22,6 +24,7 @@ STUDENT_POLE, TEACHER_POLE = 1, 2  # who masks a token that the other gives mass
 class Steps(NamedTuple):
     statistics: bool = False
     teacher_statistics: bool = False
+    mixture: bool = False
     sums: bool = False
     gradient: bool = False
 
@@ -89,6 +92,7 @@ class RowState:
     weight: Tensor  # d loss / d divergence
     coefficient: Tensor | None = None  # d loss / d log_prob
     entropy_weight: Tensor | None = None  # d loss / d entropy
+    mixture: Tensor | None = None  # a of an adaptive divergence
 
     @classmethod
     def fresh(cls, weight: Tensor) -> RowState:
@@ -121,6 +125,15 @@ class RowState:
     @property
     def teacher_log_prob(self) -> Tensor:
         return (self.teacher_target - self.teacher_log_sum).float()
+
+
+def log_probs(logits: Tensor, log_sum: Tensor, inv_tau: float, masked: bool) -> Tensor:
+    """Taking the log-sum-exp off in two floats keeps a log-probability as exact as its logit."""
+    high = log_sum.float()
+    low = (log_sum - high).masked_fill(high.isinf(), 0).float()
+    scaled = logits if inv_tau == 1.0 else logits * inv_tau
+    values = (scaled - high[:, None]).sub_(low[:, None])
+    return values.clamp_(min=FLOOR) if masked else values
 
 
 def helpers(

@@ -1,8 +1,9 @@
 """A teacher that is known by its k likeliest tokens alone, as caches and servers give it.
 
 The divergence is over k + 1 classes: the k tokens, and one bucket with the rest of the vocabulary,
-whose mass is exact on both sides. The student's logits are made as ever; a row's top logits are
-taken out of its buffer, so that the statistics of what stays are the bucket's.
+whose mass is exact on both sides; to adaptive_kl it is of the tail. The student's logits are made
+as ever; a row's top logits are taken out of its buffer, so that the statistics of what stays are
+the bucket's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dudi_kernels.adaptive import forward_share
 from dudi_kernels.divergences import FLOOR, TINY, Measure
 from dudi_kernels.sweep import Chunk, Needs, RowValues, Side, new_gradients
 from dudi_kernels.tiles import (
@@ -155,7 +157,8 @@ class TopKSweep:
             rest.fill_(FLOOR)
         lp = torch.cat([lp, rest], 1).clamp_(min=FLOOR)
         p, q = lp.exp(), lq.exp()
-        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), measure.a, measure.b)
+        a = forward_share(p, q, tail=1)[:, None] if measure.adaptive else measure.a
+        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), a, measure.b)
         poles = STUDENT_POLE * ((lq <= FLOOR) & (p > 0)).any(1)
         poles += TEACHER_POLE * ((lp <= FLOOR) & (q > 0)).any(1)
         infinite, rough = ((poles & m(measure)) != 0 for m in (infinite_mask, smooth_mask))

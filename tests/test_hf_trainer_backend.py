@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,12 @@ import tiny
 import torch
 import torch.nn.functional as F
 from recipes import recipe
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from dudi.callbacks import read_jsonl
+
+SCRIPT = Path(__file__).with_name("hf_train_once.py")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 class DenseTrainer(Trainer):
@@ -33,19 +41,6 @@ class DenseTrainer(Trainer):
         return (kl + 0.5 * F.nll_loss(lq, labels[learnt], reduction="sum")) / total
 
 
-def examples(count: int = 12) -> list[dict[str, Any]]:
-    """Rows of unequal length, the prompt's labels masked, padded to one length."""
-    random = torch.Generator().manual_seed(0)
-    rows = []
-    for i in range(count):
-        length = 6 + i % 5
-        ids = torch.randint(2, 999, (12,), generator=random)
-        mask = (torch.arange(12) < length).long()
-        labels = torch.where((mask == 1) & (torch.arange(12) >= 3), ids, -100)
-        rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return rows
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trains_to_the_same_weights(tmp_path: Path, accumulation: int) -> None:
     runs = []
@@ -65,7 +60,7 @@ def test_trains_to_the_same_weights(tmp_path: Path, accumulation: int) -> None:
             dataloader_pin_memory=False,
         )
         model: Any = tiny.model(0)
-        trainer = kind(model, args, train_dataset=examples(), teacher=tiny.model(1))
+        trainer = kind(model, args, train_dataset=tiny.examples(), teacher=tiny.model(1))
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         runs.append((logs, [p.detach().clone() for p in model.parameters()]))
@@ -76,3 +71,45 @@ def test_trains_to_the_same_weights(tmp_path: Path, accumulation: int) -> None:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     for a, b in zip(own[1], dense[1], strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_equal_one(tmp_path: Path, accumulation: int) -> None:
+    """DDP averages what each rank has divided by the count of all ranks' tokens."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, launcher, size in (("one", (), 4), ("two", LAUNCHER, 2)):
+        done = subprocess.run(
+            [sys.executable, *launcher, SCRIPT, tmp_path / name, str(size), str(accumulation)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), key
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("one", "two")]
+    start = tiny.model(0).parameters()
+    for a, b, first in zip(*(m.parameters() for m in models), start, strict=True):
+        assert (a - b).norm() < 1e-4 * (a - first).norm()
+
+
+def test_options_that_need_logits_are_refused(tmp_path: Path) -> None:
+    args: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    kind = recipe("DistillTrainer")
+    with pytest.raises(ValueError, match="label_smoothing_factor must not be given"):
+        kind(
+            tiny.model(0),
+            TrainingArguments(**args, label_smoothing_factor=0.1),
+            teacher=tiny.model(1),
+        )
+    with pytest.raises(ValueError, match="compute_loss_func must not be given"):
+        kind(
+            tiny.model(0),
+            TrainingArguments(**args),
+            teacher=tiny.model(1),
+            compute_loss_func=lambda *given, **more: None,
+        )

@@ -40,6 +40,19 @@ def rows(count: int = 24, split: str = "train") -> Dataset:
     return Dataset.from_list(translation_rows(split)[:count])
 
 
+def examples(count: int = 12) -> list[dict[str, Any]]:
+    """For a plain Trainer: rows of unequal length, padded; the labels of prompts are masked."""
+    random = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        length = 6 + i % 5
+        ids = torch.randint(2, 999, (12,), generator=random)
+        mask = (torch.arange(12) < length).long()
+        labels = torch.where((mask == 1) & (torch.arange(12) >= 3), ids, -100)
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return rows
+
+
 def config(output_dir: Any, **settings: Any) -> DuDiConfig:
     defaults: dict[str, Any] = {
         "max_steps": 4,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dudi_kernels.adaptive import mix
 from dudi_kernels.backends import native
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import BLOCK
@@ -25,6 +26,7 @@ from dudi_kernels.tiles import (
     Steps,
     Tile,
     helpers,
+    log_probs,
     smooth_mask,
 )
 
@@ -114,7 +116,8 @@ def accumulate(
 
 
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
-    """Whether `steps` holds temporaries of a tile; the compiled steps don't."""
+    """Whether `steps` holds temporaries of a tile; the compiled steps don't, but for the likelier
+    tokens of one row a thread where a divergence is adaptive."""
     return not native.takes(device, measures)
 
 
@@ -134,6 +137,8 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
         own = slice(part.first_row, part.first_row + len(part.student))
         if wanted.statistics or wanted.teacher_statistics:
             _statistics(setting, state, part, own, wanted)
+        if wanted.mixture:
+            mix(setting, state, part)
         if wanted.sums or wanted.gradient:
             _sums_and_gradient(setting, state, part, own, wanted)
 
@@ -171,38 +176,30 @@ def _inside(local: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return (local >= 0) & (local < width), local.clamp(0, width - 1)[:, None]
 
 
-def _log_probs(logits: Tensor, log_sum: Tensor, inv_tau: float, masked: bool) -> Tensor:
-    """Taking the log-sum-exp off in two floats keeps a log-probability as exact as its logit."""
-    high = log_sum.float()
-    low = (log_sum - high).masked_fill(high.isinf(), 0).float()
-    scaled = logits if inv_tau == 1.0 else logits * inv_tau
-    values = (scaled - high[:, None]).sub_(low[:, None])
-    return values.clamp_(min=FLOOR) if masked else values
-
-
 def _sums_and_gradient(
     setting: Setting, state: RowState, tile: Tile, own: slice, wanted: Steps
 ) -> None:
     masked, measure = setting.masked, tile.measure
-    lq1 = _log_probs(tile.student, state.log_sum[own], 1.0, masked)
+    lq1 = log_probs(tile.student, state.log_sum[own], 1.0, masked)
     q1 = lq1.exp()
     if wanted.sums:
         state.entropy[own] -= (q1 * lq1).sum(1)
     q = g = None
     if measure is not None:
         assert tile.teacher is not None
-        lp1 = _log_probs(tile.teacher, state.teacher_log_sum[own], 1.0, masked)
+        lp1 = log_probs(tile.teacher, state.teacher_log_sum[own], 1.0, masked)
         p1 = lp1.exp()
         if wanted.sums:
             state.teacher_entropy[own] -= (p1 * lp1).sum(1)
         q, lq, p, lp = q1, lq1, p1, lp1
         if setting.inv_tau != 1.0 or setting.teacher_inv_tau != 1.0:
-            lq = _log_probs(tile.student, state.tempered_log_sum[own], setting.inv_tau, masked)
-            lp = _log_probs(
+            lq = log_probs(tile.student, state.tempered_log_sum[own], setting.inv_tau, masked)
+            lp = log_probs(
                 tile.teacher, state.teacher_tempered_log_sum[own], setting.teacher_inv_tau, masked
             )
             q, p = lq.exp(), lp.exp()
-        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), measure.a, measure.b)
+        a = measure.a if state.mixture is None or not measure.adaptive else state.mixture[own, None]
+        phi, g = measure.terms(p, lp, q, lq, *helpers(measure, p, lp, q, lq), a, measure.b)
         if wanted.sums:
             state.divergence[own] += phi.sum(1)
             state.g_sum[own] += g.sum(1)

@@ -38,10 +38,30 @@ def alpha_beta(p: Tensor, q: Tensor, beta: float, alpha: float) -> Tensor:
     return -terms.sum(-1) / (alpha * beta)
 
 
+def adaptive_share(p: Tensor, q: Tensor, bucket: bool = False) -> Tensor:
+    """The head's share of sum |p - q|, by a full sort; equals in the order of the vocabulary. A
+    bucket, the last class, is in the tail. 1/2 where there is no gap at all."""
+    p, q = p.detach(), q.detach()
+    total = (p - q).abs().sum(-1)
+    if bucket:
+        p, q = p[..., :-1], q[..., :-1]
+    p, order = p.sort(dim=-1, descending=True, stable=True)
+    head = p.cumsum(-1) <= 0.5
+    head[..., 0] = True
+    gap = ((p - q.gather(-1, order)).abs() * head).sum(-1)
+    return torch.where(total > 0, gap / total, 0.5)
+
+
+def adaptive_kl(p: Tensor, q: Tensor, bucket: bool = False) -> Tensor:
+    a = adaptive_share(p, q, bucket)
+    return a * kl(p, q) + (1 - a) * kl(q, p)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": lambda p, q, beta, alpha: kl(p, q),
     "reverse_kl": lambda p, q, beta, alpha: kl(q, p),
     "jeffreys": lambda p, q, beta, alpha: beta * kl(p, q) + (1 - beta) * kl(q, p),
+    "adaptive_kl": lambda p, q, beta, alpha: adaptive_kl(p, q),
     "jsd": jsd,
     "alpha_beta": alpha_beta,
     "skew_forward_kl": lambda p, q, beta, alpha: kl(p, alpha * p + (1 - alpha) * q),

@@ -115,19 +115,60 @@ def test_checks_still_speak(student, teacher):
     torch.compiler.reset()
 
 
-def test_operators_are_what_torch_asks(student, teacher):
+def _calls(student, teacher):
     lora = LoRA(torch.randn(2, WIDTH).requires_grad_(), torch.randn(VOCAB, 2).requires_grad_())
-    arguments = {
-        "hidden": student.hidden,
-        "head": LMHead(student.weight, student.bias, lora=lora),
+    head = LMHead(student.weight, student.bias, student.softcap, lora=lora)
+    alone = {"hidden": student.hidden, "head": head, "targets": TARGETS}
+    taught = {
+        "student_hidden": student.hidden,
+        "student_head": head,
+        "teacher_hidden": teacher.hidden.detach(),
+        "teacher_head": teacher.weight.detach(),
         "targets": TARGETS,
     }
+    segments = {"segment_ids": SEGMENTS}
+    return {
+        "linear_distill_loss": (compiled.scalar, taught | {"ce_weight": 0.3}),
+        "linear_cross_entropy": (compiled.scalar, alone),
+        "linear_dudi_loss": (
+            compiled.scalar,
+            taught
+            | segments
+            | {"preference_weight": 0.2, "reference_log_prob": "teacher", "num_pairs": 2},
+        ),
+        "linear_distill": (compiled.rows, taught),
+        "linear_log_prob": (compiled.rows, alone),
+        "sequence_log_prob": (compiled.rows, alone | segments | {"num_segments": 4}),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear_distill_loss",
+        "linear_cross_entropy",
+        "linear_dudi_loss",
+        "linear_distill",
+        "linear_log_prob",
+        "sequence_log_prob",
+    ],
+)
+def test_operators_are_what_torch_asks(name, student, teacher):
+    """All of torch's checks: schema, autograd registration, fake tensors, and eager against AOT
+    dispatch with symbolic shapes, forward and backward."""
+    operator, arguments = _calls(student, teacher)[name]
     tensors, places = compiled._flatten(arguments)
-    text = compiled._write(places)
     needs = [t.requires_grad for t in tensors]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for operator, name in (
-        (compiled.scalar, "linear_cross_entropy"),
-        (compiled.rows, "linear_log_prob"),
-    ):
-        torch.library.opcheck(operator, (tensors, name, text, needs), test_utils=checks)
+    torch.library.opcheck(operator, (tensors, name, compiled._write(places), needs))
+
+
+def test_the_backward_operator_is_what_torch_asks(student, teacher):
+    _, arguments = _calls(student, teacher)["linear_distill"]
+    tensors, places = compiled._flatten(arguments)
+    needs = [t.requires_grad for t in tensors]
+    grads, there = [torch.randn(ROWS), torch.randn(ROWS)], [True, False, True, False]
+    own = [t.detach() for t in tensors]
+    text = compiled._write(places)
+    torch.library.opcheck(
+        compiled.rows_backward, (grads, there, own, "linear_distill", text, needs)
+    )

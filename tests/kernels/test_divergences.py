@@ -25,6 +25,8 @@ def terms(name, p, lp, q, lq):
     """(phi, g) with what the divergence wants beside the probabilities."""
     measure = DIVERGENCES[name].measure(BETA, ALPHA)
     a, b = measure.a, measure.b
+    if measure.adaptive:
+        a = oracle.adaptive_share(p, q)[..., None]
     x = y = z = None
     if measure.helpers is Helpers.MIXTURE:
         x = a * p + (1 - a) * q
@@ -57,6 +59,7 @@ def test_divergences_are_zero_only_between_equals(name):
         ("forward_kl", (True, False), (False, False)),
         ("reverse_kl", (False, False), (True, True)),
         ("jeffreys", (True, False), (True, True)),
+        ("adaptive_kl", (True, False), (True, True)),
         ("jsd", (False, False), (False, False)),
         ("skew_forward_kl", (False, False), (False, False)),
         ("skew_reverse_kl", (False, False), (False, False)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,6 +65,10 @@ def losses(student, teacher, targets, segments, budget, backend):
                 *sides, divergence="skew_reverse_kl", temperature=2.0, **settings
             ).loss
         ),
+        "adaptive": lambda: linear_distill_loss(*sides, divergence="adaptive_kl", **settings).loss,
+        "adaptive-rows": lambda: linear_distill(
+            *sides, divergence="adaptive_kl", **settings
+        ).divergence.sum(),
         "dudi": lambda: (
             linear_dudi_loss(
                 *sides,
@@ -80,12 +84,12 @@ def losses(student, teacher, targets, segments, budget, backend):
     }
 
 
-NAMES = ("distill", "tempered", "dudi", "cross-entropy", "log-prob")
+NAMES = ("distill", "tempered", "adaptive", "dudi", "cross-entropy", "log-prob")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, "adaptive-rows"))
 def test_the_budget_holds(name, dtype, problem, backend):
     student, teacher, targets, segments = problem
     for side in (student, teacher):
@@ -169,11 +173,33 @@ def test_plan_memory_tells_what_is_measured(budget, per_row, shape, dtype):
         assert used.peak >= plan.peak * 0.9
 
 
+@pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
+def test_plan_memory_of_adaptive_kl(per_row):
+    student, teacher = make_side(128, 50_000, 64), make_side(128, 50_000, 64, seed=9)
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+    settings: dict[str, Any] = {"divergence": "adaptive_kl", "memory_budget": 30_000_000}
+
+    def run():
+        if per_row:
+            linear_distill(*sides, **settings).divergence.sum().backward()
+        else:
+            linear_distill_loss(*sides, **settings).loss.backward()
+
+    plan = plan_memory(128, 50_000, 64, 64, per_row=per_row, **settings)
+    assert plan.workspace <= 30_000_000 * 1.01
+    peak = measure(run).peak
+    assert peak <= plan.peak * 1.1
+    if native.library() is not None:
+        assert peak >= plan.peak * 0.9
+
+
 def test_plan_memory_counts_the_gemms():
     one = 2 * 512 * 150_000 * 896
     teacher = 2 * 512 * 150_000 * 2048
     assert plan_memory(512, 150_000, 896, 2048).flops == 3 * one + teacher
     assert plan_memory(512, 150_000, 896, 2048, per_row=True).flops == 4 * one + 2 * teacher
+    rows = plan_memory(512, 150_000, 896, 2048, per_row=True, divergence="adaptive_kl")
+    assert rows.flops == 4 * one + 2 * teacher  # one forward pass, over rows
     assert plan_memory(512, 150_000, 896, train_weight=False).flops == 2 * one
     frozen = plan_memory(512, 150_000, 896, train_weight=False)
     assert frozen.gradients == 512 * 896 * 4

@@ -81,6 +81,14 @@ def pytorch(student: Side, teacher: Side, targets: Tensor, case: Case) -> Tensor
             loss = kl(lq, lp)
         case "jeffreys":
             loss = case.share * kl(lp, lq) + (1 - case.share) * kl(lq, lp)
+        case "adaptive_kl":  # as its authors have it: a mask over the sorted teacher
+            gap = (lp.exp() - lq.exp()).detach().abs()
+            sorted_p, order = lp.exp().sort(dim=-1, descending=True)
+            outside = sorted_p.cumsum(-1) > 0.5
+            outside[:, 0] = False
+            head = gap.gather(-1, order).masked_fill(outside, 0).sum(-1) / gap.sum(-1)
+            forward, reverse = ((a.exp() * (a - b)).sum(-1) for a, b in ((lp, lq), (lq, lp)))
+            loss = (head * forward + (1 - head) * reverse).mean()
         case "jsd":
             lm = mixture(case.share)
             loss = case.share * kl(lp, lm) + (1 - case.share) * kl(lq, lm)
@@ -169,7 +177,7 @@ class Peer:
 
 
 JSD = ("forward_kl", "reverse_kl", "jsd")
-PYTORCH = (*JSD, "jeffreys", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+PYTORCH = (*JSD, "jeffreys", "adaptive_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 PEERS = {
     "pytorch": Peer(pytorch, "torch", PYTORCH, ROUNDED),
     "trl_gkd": Peer(trl_gkd, "trl", JSD, 0.1, has_ce=False),  # its loss is a sum in bf16

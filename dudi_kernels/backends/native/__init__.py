@@ -13,16 +13,17 @@ import functools
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dudi_kernels.backends.native.generate import fingerprint
-from dudi_kernels.divergences import DIVERGENCES, Measure
+from dudi_kernels.divergences import Measure, distinct
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, smooth_mask
 
-NUMBER = {divergence.terms: number for number, divergence in enumerate(DIVERGENCES.values())}
+NUMBER = {terms: number for number, terms in enumerate(distinct())}
 NO_MEASURE = -1
 LEAST = 20_000  # elements that are worth a thread
 LEVELS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}  # by torch's name of the machine's
@@ -61,6 +62,7 @@ class _Tile(ctypes.Structure):
                 "weight",
                 "coefficient",
                 "entropy_weight",
+                "mixture",
             )
         ),
         *(
@@ -75,6 +77,7 @@ class _Tile(ctypes.Structure):
                 "smooth_mask",
                 "statistics",
                 "teacher_statistics",
+                "mix",
                 "sums",
                 "gradient",
             )
@@ -129,6 +132,8 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
 
 def _arguments(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> _Tile:
     first, measure, teacher = tile.first_row, tile.measure, tile.teacher
+    if measure is None or not measure.adaptive:
+        state = replace(state, mixture=None)
     assert tile.student.stride(1) == 1 and (teacher is None or teacher.stride(1) == 1)
 
     def at(values: Tensor | None) -> int | None:
@@ -156,6 +161,7 @@ def _arguments(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> 
         smooth_mask=0 if measure is None else smooth_mask(measure),
         statistics=wanted.statistics,
         teacher_statistics=wanted.teacher_statistics,
+        mix=wanted.mixture,
         sums=wanted.sums,
         gradient=wanted.gradient,
     )

@@ -5,9 +5,11 @@
 // in double. The caller splits rows over threads: a row's result never depends on the split.
 // divergences.h is generated from dudi_kernels/divergences.py (generate.py).
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -15,6 +17,7 @@ namespace {
 
 constexpr float FLOOR = -1e38f;  // stands for log 0, as in divergences.py
 constexpr float TINY = 2e-38f;
+constexpr float HEAD_MASS = 0.5f;  // as there
 constexpr int64_t SEGMENT = 2048;
 
 template <class To, class From>
@@ -90,8 +93,9 @@ struct Tile {
   float *divergence, *g_sum, *entropy, *teacher_entropy;
   int32_t* poles;
   const float *weight, *coefficient, *entropy_weight;  // the latter two may be null
+  float* mixture;                                      // each row's own a, or null
   float inv_tau, teacher_inv_tau, a, b, softcap, scale;
-  int32_t measure, masked, smooth_mask, statistics, teacher_statistics, sums, gradient;
+  int32_t measure, masked, smooth_mask, statistics, teacher_statistics, mix, sums, gradient;
 };
 
 }  // extern "C"
@@ -264,6 +268,55 @@ INLINE void terms_at(float s, float t, const Row& row, float& lq1, float& q1, fl
   }
 }
 
+struct Token {
+  float p, gap;
+  int32_t id;
+  bool operator<(const Token& other) const {  // of equals the first comes out of a heap first
+    return p < other.p || (p == other.p && id > other.id);
+  }
+};
+
+// A row's own a (adaptive.py). Tokens with less than an nth of a quarter have together less than a
+// quarter of the mass, so that the head ends before them; the others come out of a heap, in order.
+template <bool TEMPERED>
+float forward_share(const float* s, const float* t, int64_t n, const Row& row,
+                    std::vector<Token>& heap) {
+  const Sum& student = TEMPERED ? row.tempered : row.log_sum;
+  const Sum& teacher = TEMPERED ? row.teacher_tempered : row.teacher_log_sum;
+  const float least = (1.f - HEAD_MASS) / 2.f / static_cast<float>(n);
+  float p[SEGMENT], gap[SEGMENT];
+  double total = 0;
+  heap.clear();
+  for (int64_t start = 0; start < n; start += SEGMENT) {
+    const int64_t size = start + SEGMENT < n ? SEGMENT : n - start;
+    float sum = 0.f, top = 0.f;
+#pragma omp simd reduction(+ : sum) reduction(max : top)
+    for (int64_t i = 0; i < size; ++i) {
+      const float u = s[start + i], v = t[start + i];
+      const float q = exp_(student.off(TEMPERED ? u * row.inv_tau : u));
+      p[i] = exp_(teacher.off(TEMPERED ? v * row.teacher_inv_tau : v));
+      gap[i] = std::fabs(p[i] - q);
+      sum += gap[i];
+      top = p[i] > top ? p[i] : top;
+    }
+    total += sum;
+    if (top < least) continue;
+    for (int64_t i = 0; i < size; ++i)
+      if (p[i] >= least) heap.push_back({p[i], gap[i], static_cast<int32_t>(start + i)});
+  }
+  if (total == 0) return 0.5f;
+  std::make_heap(heap.begin(), heap.end());
+  double mass = 0, head = 0;
+  for (auto end = heap.end(); end != heap.begin(); --end) {
+    const Token& token = heap.front();
+    mass += token.p;
+    if (mass > HEAD_MASS && end != heap.end()) break;
+    head += token.gap;
+    std::pop_heap(heap.begin(), end);
+  }
+  return static_cast<float>(head / total);  // NaN where a logit is
+}
+
 template <class M, bool TEMPERED>
 void sums(const float* s, const float* t, int64_t n, const Row& row, const Tile& tile, int64_t r) {
   double divergence = 0, g_sum = 0, entropy = 0, teacher_entropy = 0;
@@ -338,6 +391,7 @@ void gradient(float* __restrict s, const float* __restrict t, int64_t n, const R
 
 template <class M, bool TEMPERED>
 void walk(const Tile& tile, int64_t begin, int64_t end) {
+  std::vector<Token> heap;
   for (int64_t r = begin; r < end; ++r) {
     float* s = tile.student + r * tile.student_stride;
     const float* t = tile.teacher ? tile.teacher + r * tile.teacher_stride : nullptr;
@@ -359,14 +413,17 @@ void walk(const Tile& tile, int64_t begin, int64_t end) {
       if (tile.statistics) tile.target[r] = s[local];
       if (tile.teacher_statistics) tile.teacher_target[r] = t[local];
     }
-    const Row row{Sum(tile.log_sum[r]),
-                  Sum(tile.tempered_log_sum[r]),
-                  Sum(tile.teacher_log_sum[r]),
-                  Sum(tile.teacher_tempered_log_sum[r]),
-                  tile.inv_tau,
-                  tile.teacher_inv_tau,
-                  tile.a,
-                  tile.b};
+    Row row{Sum(tile.log_sum[r]),
+            Sum(tile.tempered_log_sum[r]),
+            Sum(tile.teacher_log_sum[r]),
+            Sum(tile.teacher_tempered_log_sum[r]),
+            tile.inv_tau,
+            tile.teacher_inv_tau,
+            tile.a,
+            tile.b};
+    if constexpr (M::taught)
+      if (tile.mix) tile.mixture[r] = forward_share<TEMPERED>(s, t, n, row, heap);
+    if (tile.mixture) row.a = tile.mixture[r];
     if (tile.sums && !done) sums<M, TEMPERED>(s, t, n, row, tile, r);
     if (tile.gradient) gradient<M, TEMPERED>(s, t, n, row, tile, r);
   }

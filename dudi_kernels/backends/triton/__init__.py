@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dudi_kernels.adaptive import mix
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import Measure
@@ -31,8 +32,8 @@ def serves(device: torch.device) -> bool:
 
 
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
-    """Whether `steps` holds temporaries of a tile."""
-    return False
+    """Whether `steps` holds temporaries of a tile: where a divergence is adaptive."""
+    return any(measure is not None and measure.adaptive for measure in measures)
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
@@ -52,6 +53,15 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
     one_pass = wanted.sums and chained and ready
     if wanted.statistics or wanted.teacher_statistics:
         launch.statistics(wanted.statistics, wanted.teacher_statistics, measure, one_pass)
+    if wanted.mixture:
+        for start, stop in chunks(0, rows, setting.tile_rows):
+            assert tile.teacher is not None
+            part = tile._replace(
+                student=tile.student[start:stop],
+                teacher=tile.teacher[start:stop],
+                first_row=tile.first_row + start,
+            )
+            mix(setting, state, part)
     if wanted.sums and not one_pass:
         launch.sums(measure)
     if wanted.gradient:

@@ -283,8 +283,8 @@ class Launcher:
         return {
             "TERMS": None if measure is None else jitted(measure.terms),
             "HELPERS": 0 if measure is None else measure.helpers.value,
-            "MIXTURE": False,
-            "mixture": None,
+            "MIXTURE": measure is not None and measure.adaptive,
+            "mixture": self.state.mixture,
             "a": 0.0 if measure is None else measure.a,
             "b": 0.0 if measure is None else measure.b,
         }

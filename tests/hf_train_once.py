@@ -1,0 +1,43 @@
+"""For test_hf_trainer_backend.py: `hf_train_once.py FOLDER BATCH_SIZE ACCUMULATION`, alone or in
+torchrun: a short run of the recipe in docs/backends.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import tiny
+from recipes import recipe
+from transformers import TrainingArguments
+
+
+def main(folder: str, batch_size: int, accumulation: int) -> None:
+    args = TrainingArguments(
+        output_dir=folder,
+        max_steps=3,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        learning_rate=1e-2,
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = recipe("DistillTrainer")(
+        tiny.model(0), args, train_dataset=tiny.examples(24), teacher=tiny.model(1)
+    )
+    trainer.train()
+    trainer.save_model(f"{folder}/model")
+    if trainer.is_world_process_zero():
+        lines = [json.dumps(entry) for entry in trainer.state.log_history if "loss" in entry]
+        Path(folder, "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:4]))
