@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.adaptive import mix
+from dudi_kernels.backends.torch import accumulate, gradient_dtype, project
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import Measure
-from dudi_kernels.backends.torch import accumulate, gradient_dtype, project
 from dudi_kernels.recompute import Job
 from dudi_kernels.sweep import Side, chunks
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile

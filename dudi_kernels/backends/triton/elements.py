@@ -30,8 +30,8 @@ def split_float(value):
     """A float64 as two fp32: taken off one after the other, a log-probability is as exact as its
     logit, however large that is."""
     high = value.to(tl.float32)
-    low = tl.where(high == -float("inf"), 0.0, value - high.to(value.dtype))
-    return high, low.to(tl.float32)
+    finite = tl.where(tl.abs(high) == float("inf"), 0.0, value)  # no inf - inf
+    return high, (finite - finite.to(tl.float32)).to(tl.float32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The kernels: statistics, sums and gradient of tiles of logits, and what puts partial rows together.
+"""The kernels: statistics, sums and gradient of tiles of logits; and partial rows put together.
 
 A tile of logits comes from a buffer that a GEMM has filled (*retain*), or is projected right here
 from hidden states and head (FUSED, *recompute*: no logit is ever stored). Programs split rows and,
@@ -7,6 +7,9 @@ a fixed order, so that results are the same bit for bit from run to run.
 
 Every kernel takes the two sides in the same order; launch.py makes the arguments.
 """
+
+# Arguments stand together by kind.
+# fmt: off
 
 from __future__ import annotations
 
@@ -53,21 +56,8 @@ SUMS_FIELDS = 5
 
 @triton.jit
 def product(
-    a,
-    b,
-    a_stride,
-    b_stride,
-    row,
-    column,
-    rows,
-    columns,
-    width,
-    acc,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    a, b, a_stride, b_stride, row, column, rows, columns, width, acc, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """acc + a[row : row + BLOCK_N] @ b[column : column + BLOCK_V]^T."""
     if DESCRIPTORS:
@@ -98,33 +88,10 @@ def product(
 
 @triton.jit
 def side_tile(
-    logits,
-    hidden,
-    weight,
-    bias,
-    low,
-    lora,
-    logits_stride,
-    hidden_stride,
-    weight_stride,
-    lora_stride,
-    row,
-    column,
-    rows,
-    columns,
-    width,
-    rank,
-    softcap,
-    scale,
-    FUSED: tl.constexpr,
-    BIAS: tl.constexpr,
-    LORA: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    logits, hidden, weight, bias, low, lora, logits_stride, hidden_stride, weight_stride,
+    lora_stride, row, column, rows, columns, width, rank, softcap, scale, FUSED: tl.constexpr,
+    BIAS: tl.constexpr, LORA: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """A side's logits, fp32: read, or made here."""
     i = row + tl.arange(0, BLOCK_N)
@@ -134,12 +101,12 @@ def side_tile(
         tile = product(
             hidden, weight, hidden_stride, weight_stride, row, column, rows, columns, width, tile,
             DESCRIPTORS, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+        )
         if LORA:
             tile = product(
-                low, lora, rank, lora_stride, row, column, rows, columns, rank, tile,
-                False, PRECISION, BLOCK_N, BLOCK_V, 16,
-            )  # fmt: skip
+                low, lora, rank, lora_stride, row, column, rows, columns, rank, tile, False,
+                PRECISION, BLOCK_N, BLOCK_V, 16,
+            )
         if BIAS:
             tile += tl.load(bias + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
         if SOFTCAP:
@@ -177,16 +144,7 @@ def poles_of(learner, guide, columns_inside):
 
 @triton.jit
 def store_side(
-    partials,
-    at,
-    field_stride,
-    inside,
-    top,
-    total,
-    first,
-    tempered_top,
-    tempered_total,
-    cross,
+    partials, at, field_stride, inside, top, total, first, tempered_top, tempered_total, cross,
     target,
 ):
     tl.store(partials + at + TOP * field_stride, top, mask=inside)
@@ -200,46 +158,30 @@ def store_side(
 
 @triton.jit(do_not_specialize=["rows", "first_row", "tiles"])
 def statistics(
-    s_logits, s_hidden, s_weight, s_bias, s_low, s_lora,
-    t_logits, t_hidden, t_weight, t_bias, t_low, t_lora,
-    targets,
+    s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, t_logits, t_hidden, t_weight, t_bias,
+    t_low, t_lora, targets,
     partials,  # (STATISTICS_FIELDS, splits, rows)
-    s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride,
-    t_logits_stride, t_hidden_stride, t_weight_stride, t_lora_stride,
-    rows, first_row, columns, s_width, t_width, s_rank, t_rank,
+    s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride, t_logits_stride,
+    t_hidden_stride, t_weight_stride, t_lora_stride, rows, first_row, columns, s_width, t_width,
+    s_rank, t_rank,
     tiles,  # of a split
     s_softcap, s_scale, s_inv_tau, t_softcap, t_scale, t_inv_tau,
     STUDENT: tl.constexpr,  # which sides are wanted
     TEACHER: tl.constexpr,
     CHAIN: tl.constexpr,  # 1: forward KL, 2: reverse KL, from the same pass
-    TARGETS: tl.constexpr,
-    MASKED: tl.constexpr,
-    S_TEMPERED: tl.constexpr,
-    T_TEMPERED: tl.constexpr,
-    FUSED: tl.constexpr,
-    S_BIAS: tl.constexpr,
-    S_LORA: tl.constexpr,
-    S_SOFTCAP: tl.constexpr,
-    T_BIAS: tl.constexpr,
-    T_LORA: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    TARGETS: tl.constexpr, MASKED: tl.constexpr, S_TEMPERED: tl.constexpr,
+    T_TEMPERED: tl.constexpr, FUSED: tl.constexpr, S_BIAS: tl.constexpr, S_LORA: tl.constexpr,
+    S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_LORA: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """Online log-sum-exps and moments of both sides, target logits, and a KL's cross term."""
     row = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
     i = row + tl.arange(0, BLOCK_N)[:, None]
     zero = tl.zeros((BLOCK_N, 1), tl.float32)
-    s_top, s_tempered_top, t_top, t_tempered_top = (
-        zero + FLOOR,
-        zero + FLOOR,
-        zero + FLOOR,
-        zero + FLOOR,
-    )
+    nothing = zero + FLOOR
+    s_top, s_tempered_top, t_top, t_tempered_top = nothing, nothing, nothing, nothing
     s_total, s_tempered_total, s_first, s_cross, s_target = zero, zero, zero, zero, zero
     t_total, t_tempered_total, t_first, t_cross, t_target = zero, zero, zero, zero, zero
     unused = zero
@@ -251,66 +193,20 @@ def statistics(
         j = column + tl.arange(0, BLOCK_V)[None, :]
         if TEACHER:
             raw = side_tile(
-                t_logits,
-                t_hidden,
-                t_weight,
-                t_bias,
-                t_low,
-                t_lora,
-                t_logits_stride,
-                t_hidden_stride,
-                t_weight_stride,
-                t_lora_stride,
-                row,
-                column,
-                rows,
-                columns,
-                t_width,
-                t_rank,
-                t_softcap,
-                t_scale,
-                FUSED,
-                T_BIAS,
-                T_LORA,
-                T_SOFTCAP,
-                DESCRIPTORS,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_V,
-                BLOCK_D,
+                t_logits, t_hidden, t_weight, t_bias, t_low, t_lora, t_logits_stride,
+                t_hidden_stride, t_weight_stride, t_lora_stride, row, column, rows, columns,
+                t_width, t_rank, t_softcap, t_scale, FUSED, T_BIAS, T_LORA, T_SOFTCAP, DESCRIPTORS,
+                PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
             )
             if TARGETS:
                 t_target += tl.sum(tl.where(j == own, raw, 0.0), 1)[:, None]
             guide = floored(raw, column, columns, MASKED, BLOCK_V)
         if STUDENT:
             raw = side_tile(
-                s_logits,
-                s_hidden,
-                s_weight,
-                s_bias,
-                s_low,
-                s_lora,
-                s_logits_stride,
-                s_hidden_stride,
-                s_weight_stride,
-                s_lora_stride,
-                row,
-                column,
-                rows,
-                columns,
-                s_width,
-                s_rank,
-                s_softcap,
-                s_scale,
-                FUSED,
-                S_BIAS,
-                S_LORA,
-                S_SOFTCAP,
-                DESCRIPTORS,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_V,
-                BLOCK_D,
+                s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, s_logits_stride,
+                s_hidden_stride, s_weight_stride, s_lora_stride, row, column, rows, columns,
+                s_width, s_rank, s_softcap, s_scale, FUSED, S_BIAS, S_LORA, S_SOFTCAP, DESCRIPTORS,
+                PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
             )
             if TARGETS:
                 s_target += tl.sum(tl.where(j == own, raw, 0.0), 1)[:, None]
@@ -342,14 +238,14 @@ def statistics(
         t_tempered_top, t_tempered_total = t_top, t_total
     if STUDENT:
         store_side(
-            partials, at, field_stride, i < rows,
-            s_top, s_total, s_first, s_tempered_top, s_tempered_total, s_cross, s_target,
-        )  # fmt: skip
+            partials, at, field_stride, i < rows, s_top, s_total, s_first, s_tempered_top,
+            s_tempered_total, s_cross, s_target,
+        )
     if TEACHER:
         store_side(
-            partials + SIDE_FIELDS * field_stride, at, field_stride, i < rows,
-            t_top, t_total, t_first, t_tempered_top, t_tempered_total, t_cross, t_target,
-        )  # fmt: skip
+            partials + SIDE_FIELDS * field_stride, at, field_stride, i < rows, t_top, t_total,
+            t_first, t_tempered_top, t_tempered_total, t_cross, t_target,
+        )
     if MASKED and CHAIN != 0:
         to = partials + POLES * field_stride + at
         tl.store(to, poles[:, None].to(tl.float32), mask=i < rows)
@@ -388,9 +284,9 @@ def whole_log_sum(partials, TOP_FIELD: tl.constexpr, field_stride, rows, splits,
 
 @triton.jit
 def moment(
-    partials, TOP_FIELD: tl.constexpr, FIELD: tl.constexpr, MOVED: tl.constexpr,
-    top, field_stride, rows, splits, i, inside,
-):  # fmt: skip
+    partials, TOP_FIELD: tl.constexpr, FIELD: tl.constexpr, MOVED: tl.constexpr, top, field_stride,
+    rows, splits, i, inside,
+):
     """The sum over the splits of a field that belongs to a log-sum-exp, at the maximum of all;
     a first moment is MOVED from the maximum of its split, too."""
     at = partials + TOP_FIELD * field_stride + i
@@ -421,22 +317,14 @@ def stored_log_sum(log_sum, top, total, at, inside):
 
 @triton.jit(do_not_specialize=["rows", "first_row", "splits"])
 def combine_statistics(
-    partials,
-    targets,
-    s_log_sum, s_tempered_log_sum, s_target, s_entropy,
-    t_log_sum, t_tempered_log_sum, t_target, t_entropy,
-    divergence, g_sum, poles,
-    rows, first_row, splits,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
+    partials, targets, s_log_sum, s_tempered_log_sum, s_target, s_entropy, t_log_sum,
+    t_tempered_log_sum, t_target, t_entropy, divergence, g_sum, poles, rows, first_row, splits,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     MOMENTS: tl.constexpr,  # entropies, and with a CHAIN the divergence, of whole rows
     CHAIN: tl.constexpr,
     OFFSET: tl.constexpr,  # sum(g) = OFFSET + SLOPE * divergence
-    SLOPE: tl.constexpr,
-    TARGETS: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    SLOPE: tl.constexpr, TARGETS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):
     """From the splits' partial results to the state of the rows."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
@@ -502,40 +390,28 @@ def store_poles(poles, values, FIELD: tl.constexpr, field_stride, rows, splits, 
 
 @triton.jit
 def row_log_sum(log_sum, at, inside):
-    return split_float(tl.load(log_sum + at, mask=inside, other=0.0))
+    """Rows that are not there have no probability anywhere."""
+    return split_float(tl.load(log_sum + at, mask=inside, other=float("inf")))
 
 
 @triton.jit(do_not_specialize=["rows", "first_row", "tiles"])
 def sums(
-    s_logits, s_hidden, s_weight, s_bias, s_low, s_lora,
-    t_logits, t_hidden, t_weight, t_bias, t_low, t_lora,
-    s_log_sum, s_tempered_log_sum, t_log_sum, t_tempered_log_sum, mixture,
+    s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, t_logits, t_hidden, t_weight, t_bias,
+    t_low, t_lora, s_log_sum, s_tempered_log_sum, t_log_sum, t_tempered_log_sum, mixture,
     partials,  # (SUMS_FIELDS, splits, rows)
-    s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride,
-    t_logits_stride, t_hidden_stride, t_weight_stride, t_lora_stride,
-    rows, first_row, columns, s_width, t_width, s_rank, t_rank,
+    s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride, t_logits_stride,
+    t_hidden_stride, t_weight_stride, t_lora_stride, rows, first_row, columns, s_width, t_width,
+    s_rank, t_rank,
     tiles,  # of a split
-    s_softcap, s_scale, s_inv_tau, t_softcap, t_scale, t_inv_tau,
-    a, b,
+    s_softcap, s_scale, s_inv_tau, t_softcap, t_scale, t_inv_tau, a, b,
     TERMS: tl.constexpr,  # None: the student's entropy alone
     HELPERS: tl.constexpr,
     MIXTURE: tl.constexpr,  # whether each row has its own `a`
-    MASKED: tl.constexpr,
-    S_TEMPERED: tl.constexpr,
-    T_TEMPERED: tl.constexpr,
-    FUSED: tl.constexpr,
-    S_BIAS: tl.constexpr,
-    S_LORA: tl.constexpr,
-    S_SOFTCAP: tl.constexpr,
-    T_BIAS: tl.constexpr,
-    T_LORA: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    MASKED: tl.constexpr, S_TEMPERED: tl.constexpr, T_TEMPERED: tl.constexpr, FUSED: tl.constexpr,
+    S_BIAS: tl.constexpr, S_LORA: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr,
+    T_LORA: tl.constexpr, T_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """Divergence, sum of g and entropies, from the log-sum-exps of whole rows."""
     row = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
@@ -557,65 +433,19 @@ def sums(
         there = (column + tl.arange(0, BLOCK_V) < columns)[None, :]
         if TERMS is not None:
             raw = side_tile(
-                t_logits,
-                t_hidden,
-                t_weight,
-                t_bias,
-                t_low,
-                t_lora,
-                t_logits_stride,
-                t_hidden_stride,
-                t_weight_stride,
-                t_lora_stride,
-                row,
-                column,
-                rows,
-                columns,
-                t_width,
-                t_rank,
-                t_softcap,
-                t_scale,
-                FUSED,
-                T_BIAS,
-                T_LORA,
-                T_SOFTCAP,
-                DESCRIPTORS,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_V,
-                BLOCK_D,
+                t_logits, t_hidden, t_weight, t_bias, t_low, t_lora, t_logits_stride,
+                t_hidden_stride, t_weight_stride, t_lora_stride, row, column, rows, columns,
+                t_width, t_rank, t_softcap, t_scale, FUSED, T_BIAS, T_LORA, T_SOFTCAP, DESCRIPTORS,
+                PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
             )
             guide = floored(raw, column, columns, MASKED, BLOCK_V)
             lp = log_prob_of(guide, t_high, t_low_part)
             p = tl.exp(lp)
             t_entropy -= tl.sum(p * lp, 1)[:, None]
         raw = side_tile(
-            s_logits,
-            s_hidden,
-            s_weight,
-            s_bias,
-            s_low,
-            s_lora,
-            s_logits_stride,
-            s_hidden_stride,
-            s_weight_stride,
-            s_lora_stride,
-            row,
-            column,
-            rows,
-            columns,
-            s_width,
-            s_rank,
-            s_softcap,
-            s_scale,
-            FUSED,
-            S_BIAS,
-            S_LORA,
-            S_SOFTCAP,
-            DESCRIPTORS,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_V,
+            s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, s_logits_stride, s_hidden_stride,
+            s_weight_stride, s_lora_stride, row, column, rows, columns, s_width, s_rank, s_softcap,
+            s_scale, FUSED, S_BIAS, S_LORA, S_SOFTCAP, DESCRIPTORS, PRECISION, BLOCK_N, BLOCK_V,
             BLOCK_D,
         )
         learner = floored(raw, column, columns, MASKED, BLOCK_V)
@@ -654,13 +484,9 @@ def add_to(target, values, FIELD: tl.constexpr, field_stride, rows, splits, i, a
 
 @triton.jit(do_not_specialize=["rows", "first_row", "splits"])
 def combine_sums(
-    partials,
-    divergence, g_sum, entropy, t_entropy, poles,
-    rows, first_row, splits,
-    TAUGHT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    partials, divergence, g_sum, entropy, t_entropy, poles, rows, first_row, splits,
+    TAUGHT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):
     """From the splits' sums to the state of the rows."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
@@ -680,39 +506,25 @@ def combine_sums(
 
 @triton.jit(do_not_specialize=["rows", "first_row", "first_column"])
 def gradient(
-    s_logits, s_hidden, s_weight, s_bias, s_low, s_lora,
-    t_logits, t_hidden, t_weight, t_bias, t_low, t_lora,
-    s_log_sum, s_tempered_log_sum, t_log_sum, t_tempered_log_sum, mixture,
-    targets, target_logits, g_sums, entropies, poles, weights, coefficients, entropy_weights,
+    s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, t_logits, t_hidden, t_weight, t_bias,
+    t_low, t_lora, s_log_sum, s_tempered_log_sum, t_log_sum, t_tempered_log_sum, mixture, targets,
+    target_logits, g_sums, entropies, poles, weights, coefficients, entropy_weights,
     out,  # (rows, columns of this block): of the raw logits
-    s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride,
-    t_logits_stride, t_hidden_stride, t_weight_stride, t_lora_stride, out_stride,
-    rows, first_row, columns, first_column, s_width, t_width, s_rank, t_rank,
-    s_softcap, s_scale, s_inv_tau, t_softcap, t_scale, t_inv_tau,
-    a, b,
+    s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride, t_logits_stride,
+    t_hidden_stride, t_weight_stride, t_lora_stride, out_stride, rows, first_row, columns,
+    first_column, s_width, t_width, s_rank, t_rank, s_softcap, s_scale, s_inv_tau, t_softcap,
+    t_scale, t_inv_tau, a, b,
     TERMS: tl.constexpr,  # None: no divergence
     HELPERS: tl.constexpr,
     MIXTURE: tl.constexpr,
     SMOOTH_MASK: tl.constexpr,  # the poles at which the divergence has no gradient
     COEFFICIENT: tl.constexpr,  # whether the log-probability of the target has a gradient
-    TARGETS: tl.constexpr,
-    ENTROPY_WEIGHT: tl.constexpr,
-    MASKED: tl.constexpr,
-    S_TEMPERED: tl.constexpr,
-    T_TEMPERED: tl.constexpr,
-    FUSED: tl.constexpr,
-    S_BIAS: tl.constexpr,
-    S_LORA: tl.constexpr,
-    S_SOFTCAP: tl.constexpr,
-    T_BIAS: tl.constexpr,
-    T_LORA: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    TARGETS: tl.constexpr, ENTROPY_WEIGHT: tl.constexpr, MASKED: tl.constexpr,
+    S_TEMPERED: tl.constexpr, T_TEMPERED: tl.constexpr, FUSED: tl.constexpr, S_BIAS: tl.constexpr,
+    S_LORA: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_LORA: tl.constexpr,
+    T_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """w (g - q sum g) + c (onehot - q1) - e q1 (log q1 + H), through softcap and scale."""
     row = tl.program_id(0) * BLOCK_N
     column = tl.program_id(1) * BLOCK_V
@@ -722,62 +534,16 @@ def gradient(
     at = first_row + i
     if TERMS is not None:
         raw = side_tile(
-            t_logits,
-            t_hidden,
-            t_weight,
-            t_bias,
-            t_low,
-            t_lora,
-            t_logits_stride,
-            t_hidden_stride,
-            t_weight_stride,
-            t_lora_stride,
-            row,
-            column,
-            rows,
-            columns,
-            t_width,
-            t_rank,
-            t_softcap,
-            t_scale,
-            FUSED,
-            T_BIAS,
-            T_LORA,
-            T_SOFTCAP,
-            DESCRIPTORS,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_V,
+            t_logits, t_hidden, t_weight, t_bias, t_low, t_lora, t_logits_stride, t_hidden_stride,
+            t_weight_stride, t_lora_stride, row, column, rows, columns, t_width, t_rank, t_softcap,
+            t_scale, FUSED, T_BIAS, T_LORA, T_SOFTCAP, DESCRIPTORS, PRECISION, BLOCK_N, BLOCK_V,
             BLOCK_D,
         )
         guide = floored(raw, column, columns, MASKED, BLOCK_V)
     tile = side_tile(
-        s_logits,
-        s_hidden,
-        s_weight,
-        s_bias,
-        s_low,
-        s_lora,
-        s_logits_stride,
-        s_hidden_stride,
-        s_weight_stride,
-        s_lora_stride,
-        row,
-        column,
-        rows,
-        columns,
-        s_width,
-        s_rank,
-        s_softcap,
-        s_scale,
-        FUSED,
-        S_BIAS,
-        S_LORA,
-        S_SOFTCAP,
-        DESCRIPTORS,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_V,
+        s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, s_logits_stride, s_hidden_stride,
+        s_weight_stride, s_lora_stride, row, column, rows, columns, s_width, s_rank, s_softcap,
+        s_scale, FUSED, S_BIAS, S_LORA, S_SOFTCAP, DESCRIPTORS, PRECISION, BLOCK_N, BLOCK_V,
         BLOCK_D,
     )
     learner = floored(tile, column, columns, MASKED, BLOCK_V)
@@ -796,7 +562,7 @@ def gradient(
         q, p = tl.exp(lq), tl.exp(lp)
         if MIXTURE:
             a = tl.load(mixture + at, mask=inside, other=0.0)
-        phi, g = terms_of(p, lp, q, lq, a, b, TERMS, HELPERS)
+        _, g = terms_of(p, lp, q, lq, a, b, TERMS, HELPERS)
         weight = tl.load(weights + at, mask=inside, other=0.0) * s_inv_tau
         g_sum = tl.load(g_sums + at, mask=inside, other=0.0)
         if MASKED and SMOOTH_MASK != 0:
@@ -820,7 +586,7 @@ def gradient(
             entropy = tl.load(entropies + at, mask=inside, other=0.0)
             value -= tl.load(entropy_weights + at, mask=inside, other=0.0) * q * (lq + entropy)
     if S_SOFTCAP:
-        capped = tile / (s_softcap * s_scale)
+        capped = tl.where(tile == -float("inf"), 0.0, tile) / (s_softcap * s_scale)  # no 0 * inf
         value *= (1 - capped * capped) * s_scale
     else:
         value *= s_scale
