@@ -16,7 +16,6 @@ from dudi_kernels.adaptive import mix
 from dudi_kernels.backends import native
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import BLOCK
-from dudi_kernels.recompute import Stream
 from dudi_kernels.sweep import Gradients, Side
 from dudi_kernels.tiles import (
     STUDENT_POLE,

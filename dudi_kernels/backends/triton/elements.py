@@ -72,7 +72,7 @@ def terms_of(p, lp, q, lq, a, b, TERMS: tl.constexpr, HELPERS: tl.constexpr):
 
 
 @triton.jit
-def online(top, total, first, tile):
+def online(top, total, first, tile, MASKED: tl.constexpr):
     """One more tile of a row's maximum `top`, `total` = sum exp(x - top) and `first` =
     sum exp(x - top) (x - top); also the factor by which older sums shrink, and the tile's
     exponentials."""
@@ -81,6 +81,17 @@ def online(top, total, first, tile):
     shrink = tl.exp(gap)
     moved = tile - new
     exponentials = tl.exp(moved)
+    if MASKED:  # all of a tile may be
+        exponentials = tl.where(tile > FLOOR, exponentials, 0.0)
     first = shrink * (first + total * gap) + tl.sum(exponentials * moved, 1)[:, None]
     total = shrink * total + tl.sum(exponentials, 1)[:, None]
     return new, total, first, shrink, exponentials
+
+
+@triton.jit
+def gap_of(guide, learner, MASKED: tl.constexpr):
+    """teacher - student; 0 where one of them is masked: there the divergence is not finite."""
+    gap = guide - learner
+    if MASKED:
+        gap = tl.where(tl.minimum(guide, learner) > FLOOR, gap, 0.0)
+    return gap

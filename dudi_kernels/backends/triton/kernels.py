@@ -20,6 +20,7 @@ from dudi_kernels.backends.triton.elements import (
     FLOOR,
     INTERPRETED,
     NOTHING,
+    gap_of,
     log_prob_of,
     minus_expm1,
     online,
@@ -128,7 +129,7 @@ def floored(tile, column, columns, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def at_temperature(tile, inv_tau, TEMPERED: tl.constexpr):
-    return tl.maximum(tile * inv_tau, FLOOR) if TEMPERED else tile
+    return tl.where(tile > FLOOR, tile * inv_tau, FLOOR) if TEMPERED else tile
 
 
 @triton.jit
@@ -211,23 +212,29 @@ def statistics(
             if TARGETS:
                 s_target += tl.sum(tl.where(j == own, raw, 0.0), 1)[:, None]
             learner = floored(raw, column, columns, MASKED, BLOCK_V)
-            s_top, s_total, s_first, s_shrink, s_exp = online(s_top, s_total, s_first, learner)
+            s_top, s_total, s_first, s_shrink, s_exp = online(
+                s_top, s_total, s_first, learner, MASKED
+            )
             learner = at_temperature(learner, s_inv_tau, S_TEMPERED)
             if S_TEMPERED:
                 s_tempered_top, s_tempered_total, unused, s_shrink, s_exp = online(
-                    s_tempered_top, s_tempered_total, unused, learner
+                    s_tempered_top, s_tempered_total, unused, learner, MASKED
                 )
         if TEACHER:
-            t_top, t_total, t_first, t_shrink, t_exp = online(t_top, t_total, t_first, guide)
+            t_top, t_total, t_first, t_shrink, t_exp = online(
+                t_top, t_total, t_first, guide, MASKED
+            )
             guide = at_temperature(guide, t_inv_tau, T_TEMPERED)
             if T_TEMPERED:
                 t_tempered_top, t_tempered_total, unused, t_shrink, t_exp = online(
-                    t_tempered_top, t_tempered_total, unused, guide
+                    t_tempered_top, t_tempered_total, unused, guide, MASKED
                 )
         if CHAIN == 1:
-            t_cross = t_cross * t_shrink + tl.sum(t_exp * (guide - learner), 1)[:, None]
+            cross = tl.sum(t_exp * gap_of(guide, learner, MASKED), 1)[:, None]
+            t_cross = t_cross * t_shrink + cross
         if CHAIN == 2:
-            s_cross = s_cross * s_shrink + tl.sum(s_exp * (guide - learner), 1)[:, None]
+            cross = tl.sum(s_exp * gap_of(guide, learner, MASKED), 1)[:, None]
+            s_cross = s_cross * s_shrink + cross
         if MASKED and CHAIN != 0:
             poles |= poles_of(learner, guide, j < columns)
     field_stride = tl.num_programs(1).to(tl.int64) * rows
@@ -454,8 +461,8 @@ def sums(
         entropy -= tl.sum(q * lq, 1)[:, None]
         if TERMS is not None:
             if S_TEMPERED or T_TEMPERED:
-                lq = log_prob_of(learner * s_inv_tau, sh, sl)
-                lp = log_prob_of(guide * t_inv_tau, th, tl_)
+                lq = log_prob_of(at_temperature(learner, s_inv_tau, True), sh, sl)
+                lp = log_prob_of(at_temperature(guide, t_inv_tau, True), th, tl_)
                 q, p = tl.exp(lq), tl.exp(lp)
             phi, g = terms_of(p, lp, q, lq, a, b, TERMS, HELPERS)
             divergence += tl.sum(tl.where(there, phi, 0.0), 1)[:, None]
@@ -553,8 +560,8 @@ def gradient(
         if S_TEMPERED or T_TEMPERED:
             s_h, s_l = row_log_sum(s_tempered_log_sum, at, inside)
             t_h, t_l = row_log_sum(t_tempered_log_sum, at, inside)
-            lq = log_prob_of(learner * s_inv_tau, s_h, s_l)
-            lp = log_prob_of(guide * t_inv_tau, t_h, t_l)
+            lq = log_prob_of(at_temperature(learner, s_inv_tau, True), s_h, s_l)
+            lp = log_prob_of(at_temperature(guide, t_inv_tau, True), t_h, t_l)
         else:
             t_h, t_l = row_log_sum(t_log_sum, at, inside)
             lq = log_prob_of(learner, s_high, s_low_part)

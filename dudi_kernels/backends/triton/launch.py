@@ -76,20 +76,25 @@ class Sides(NamedTuple):
 
 def read_blocks() -> Blocks:
     """For kernels that read logits: one row, a long piece of it."""
-    return Blocks(32, 512, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
+    return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
 
 
-def fused_blocks(target: Target, dtype: torch.dtype) -> Blocks:
-    """For kernels that project."""
+def fused_blocks(target: Target, dtype: torch.dtype, sums: bool) -> Blocks:
+    """For kernels that project: as large as registers hold without spills (aot.py tells), which
+    is less where a divergence's `sums` keep more."""
     if INTERPRETED:
-        return Blocks(32, 256, 64, 4, 1)
+        return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
-        return Blocks(64, 128, 32, 8, 2)
-    if target.capability >= 90:
-        return Blocks(128, 128, 64, 8, 3)
-    if target.capability >= 80:
-        return Blocks(128, 128, 32, 8, 3)
-    return Blocks(128, 128, 64, 8, 2)
+        return Blocks(64, 64, 16, 8, 2)
+    if target.kind != "cuda":
+        return Blocks(64, 64, 64, 4, 2)
+    match target.capability // 10:
+        case 8:
+            return Blocks(64 if sums else 128, 64, 32, 8, 4)
+        case 9 | 10:
+            return Blocks(128, 64 if sums else 128, 64, 8, 4)
+        case _:
+            return Blocks(128, 64, 64, 8, 2)
 
 
 class Target(NamedTuple):
@@ -239,17 +244,20 @@ class Launcher:
         self.rows, self.columns = rows, columns
         self.first_row, self.first_column = first_row, first_column
         self.target = target_of(sides.device)
-        self.blocks = read_blocks()
-        if sides.fused:
-            assert sides.student.side is not None
-            dtype = sides.student.side.hidden.dtype
-            self.blocks = fused_blocks(self.target, dtype)
-        self.row_blocks = -(-rows // self.blocks.rows)
-        self.tiles = -(-columns // self.blocks.columns)
 
     # ---- parts of the arguments ------------------------------------------------------------------
 
-    def _common(self, teacher: bool) -> dict[str, Any]:
+    def _blocks(self, sums: bool = False) -> Blocks:
+        if not self.sides.fused:
+            return read_blocks()
+        assert self.sides.student.side is not None
+        return fused_blocks(self.target, self.sides.student.side.hidden.dtype, sums)
+
+    def _tiles(self, blocks: Blocks) -> tuple[int, int]:
+        """Blocks of rows, and of columns."""
+        return -(-self.rows // blocks.rows), -(-self.columns // blocks.columns)
+
+    def _common(self, teacher: bool, blocks: Blocks) -> dict[str, Any]:
         setting = self.setting
         found = {
             **_source_arguments("s", self.sides.student),
@@ -260,14 +268,14 @@ class Launcher:
             "columns": self.columns,
             "s_inv_tau": setting.inv_tau,
             "t_inv_tau": setting.teacher_inv_tau,
-            "BLOCK_N": self.blocks.rows,
-            "BLOCK_V": self.blocks.columns,
-            "BLOCK_D": self.blocks.width,
-            "num_warps": self.blocks.warps,
-            "num_stages": self.blocks.stages,
+            "BLOCK_N": blocks.rows,
+            "BLOCK_V": blocks.columns,
+            "BLOCK_D": blocks.width,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
         }
         if self.sides.fused and wants_descriptors(self.target):
-            _describe(found, self.blocks)
+            _describe(found, blocks)
         return found
 
     def _log_sums(self) -> dict[str, Any]:
@@ -301,7 +309,9 @@ class Launcher:
         entropies too and the divergence where it has a chain."""
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
-        count, each = splits(self.row_blocks, self.tiles, self.target.units)
+        blocks = self._blocks()
+        row_blocks, tiles = self._tiles(blocks)
+        count, each = splits(row_blocks, tiles, self.target.units)
         partials = self._partials(kernels.STATISTICS_FIELDS, count)
         shared = {
             "STUDENT": student,
@@ -311,8 +321,8 @@ class Launcher:
         }
         run(
             kernels.statistics,
-            (self.row_blocks, count),
-            **self._common(teacher),
+            (row_blocks, count),
+            **self._common(teacher, blocks),
             **shared,
             targets=targets,
             partials=partials,
@@ -346,12 +356,14 @@ class Launcher:
     def sums(self, measure: Measure | None) -> None:
         """Divergence, sum of g and entropies, added to the state."""
         state = self.state
-        count, each = splits(self.row_blocks, self.tiles, self.target.units)
+        blocks = self._blocks(sums=True)
+        row_blocks, tiles = self._tiles(blocks)
+        count, each = splits(row_blocks, tiles, self.target.units)
         partials = self._partials(kernels.SUMS_FIELDS, count)
         run(
             kernels.sums,
-            (self.row_blocks, count),
-            **self._common(measure is not None),
+            (row_blocks, count),
+            **self._common(measure is not None, blocks),
             **self._log_sums(),
             **self._measure(measure),
             partials=partials,
@@ -377,11 +389,11 @@ class Launcher:
 
     def gradient(self, measure: Measure | None, out: Tensor) -> None:
         """Of the raw logits, into `out` (R, B)."""
-        state, targets = self.state, self.setting.targets
+        state, targets, blocks = self.state, self.setting.targets, self._blocks()
         run(
             kernels.gradient,
-            (self.row_blocks, self.tiles),
-            **self._common(measure is not None),
+            self._tiles(blocks),
+            **self._common(measure is not None, blocks),
             **self._log_sums(),
             **self._measure(measure),
             SMOOTH_MASK=0 if measure is None else smooth_mask(measure),

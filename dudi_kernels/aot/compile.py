@@ -1,0 +1,148 @@
+"""Compilation of what the launchers would launch, for a GPU that is not there.
+
+Launchers run on meta tensors with a stand-in for Triton's driver, which names the target; each
+launch becomes a `warmup`. So signatures, specialisations, grids and descriptors are the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from dudi_kernels.aot.targets import GPUS, Gpu, Shape
+from dudi_kernels.backends.triton import launch
+from dudi_kernels.backends.triton.elements import INTERPRETED
+from dudi_kernels.divergences import DIVERGENCES
+from dudi_kernels.head import LMHead
+from dudi_kernels.plan import BLOCK
+from dudi_kernels.sweep import Side
+from dudi_kernels.tiles import RowState, Setting
+
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+MAX_BOX = 256  # elements along a side of a descriptor's block
+LOGITS_ROWS = 256  # of a chunk whose logits are read
+
+
+class Launch(NamedTuple):
+    """A kernel as it would be launched."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    blocks: launch.Blocks
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+class _Driver:
+    """Answers what the compiler and `warmup` ask a driver."""
+
+    def __init__(self, gpu: Gpu, number: int):
+        self.target, self.number = GPUTarget(gpu.kind, gpu.arch, gpu.warp), number
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number  # one a target: compiled kernels are kept by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _recorded(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Launches become compilations, as on that GPU."""
+    if INTERPRETED:
+        raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET to be unset")
+    number = [other.arch for other in GPUS.values()].index(gpu.arch)
+    found: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        compiled = kernel.warmup(grid=grid, **arguments)
+        blocks = launch.Blocks(
+            *(arguments.get(name, 0) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D")),
+            *(arguments.get(name, 0) for name in ("num_warps", "num_stages")),
+        )
+        found.append(Launch(kernel.__name__, grid, blocks, arguments, compiled))
+
+    target = launch.Target(gpu.kind, gpu.arch if isinstance(gpu.arch, int) else 0, gpu.units)
+    previous = triton.runtime.driver.active if torch.cuda.is_available() else None
+    triton.runtime.driver.set_active(_Driver(gpu, number))
+    try:
+        with (
+            mock.patch.object(launch, "run", record),
+            mock.patch.object(launch, "target_of", lambda device: target),
+        ):
+            yield found
+    finally:
+        if previous is not None:
+            triton.runtime.driver.set_active(previous)
+
+
+def compile_all(
+    gpu: Gpu, shape: Shape, rows: int, dtype: torch.dtype, divergence: str, *, fused: bool
+) -> list[Launch]:
+    """Every kernel of a divergence, with targets and their log-probability's gradient."""
+    measure = DIVERGENCES[divergence].measure(0.5, 0.1)
+    rows = rows if fused else LOGITS_ROWS
+
+    def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    def source(width: int, columns: int) -> launch.Source:
+        if not fused:
+            return launch.Source(None, 1.0, logits=meta(rows, columns))
+        head = LMHead(meta(columns, width, dtype=dtype))
+        return launch.Source.of(Side(meta(rows, width, dtype=dtype), head, None))
+
+    state = RowState.fresh(meta(rows))
+    state.coefficient = meta(rows)
+    state.mixture = meta(rows) if measure.adaptive else None
+    setting = Setting(
+        vocabulary=shape.vocabulary,
+        targets=meta(rows, dtype=torch.int64),
+        inv_tau=1.0,
+        teacher_inv_tau=1.0,
+        softcap=None,
+        scale=1.0,
+        masked=False,
+        tile_rows=1,
+    )
+
+    def launcher(columns: int) -> launch.Launcher:
+        student, teacher = (source(w, columns) for w in (shape.width, shape.teacher_width))
+        return launch.Launcher(setting, state, launch.Sides(student, teacher), rows, columns)
+
+    with _recorded(gpu) as found:
+        whole = launcher(shape.vocabulary)
+        whole.statistics(True, True, measure, measure.chain is not None)
+        if measure.chain is None:
+            whole.sums(measure)
+        block = BLOCK if fused else shape.vocabulary
+        half = torch.float32 if dtype == torch.float16 else dtype  # as `accumulate` takes it
+        launcher(block).gradient(measure, meta(rows, block, dtype=half if fused else torch.float32))
+    return found
+
+
+def limits(found: Launch) -> list[str]:
+    """What a launch would be refused for."""
+    wrong = [
+        f"grid axis {axis} is {size:,}, at most {most:,}"
+        for axis, (size, most) in enumerate(zip(found.grid, MAX_GRID, strict=False))
+        if size > most
+    ]
+    for name, value in found.arguments.items():
+        if not hasattr(value, "block_shape"):
+            continue
+        if value.base.stride(0) * value.base.element_size() % 16:
+            wrong.append(f"{name}: the stride of a descriptor must be a multiple of 16 bytes")
+        if max(value.block_shape) > MAX_BOX:
+            wrong.append(f"{name}: a descriptor's block is at most {MAX_BOX} long")
+    return wrong
