@@ -26,6 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512vl",
         "-mprefer-vector-width=512",
     ]
+    LEVELS["amx"] = [*LEVELS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 
 def module_of(path, name):
@@ -44,6 +45,7 @@ class Build(build_ext):
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "divergences.h").write_text(generate.header(divergences), encoding="utf-8")
+        (folder / "fingerprint.h").write_text(generate.stamp(), encoding="utf-8")
         self.parallel = None  # the libraries share an object's name
         for extension in self.extensions:
             extension.include_dirs.append(str(folder))
@@ -54,11 +56,12 @@ setup(
     cmdclass={"build_ext": Build},
     ext_modules=[
         Extension(
-            f"{NATIVE}._rows_{level}",
-            ["dudi_kernels/backends/native/rows.cpp"],
+            f"{NATIVE}._{source}_{level}",
+            [f"dudi_kernels/backends/native/{source}.cpp"],
             extra_compile_args=[*COMMON, *flags],
             optional=True,
         )
         for level, flags in LEVELS.items()
+        for source in ("gemm" if level == "amx" else "rows",)
     ],
 )

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fingerprint.h"
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
