@@ -1,10 +1,11 @@
 """The optional compiled steps of the torch backend; everything else is in pyproject.toml.
 
-One small library for each instruction set, from one source, and a header that is generated from
-divergences.py. Without a C++ compiler the installation succeeds and torch does the same work.
+One small library for each instruction set, from one source, with a header that is generated from
+divergences.py, and one with the GEMMs for AMX. Without a C++ compiler the installation succeeds and torch does the same work.
 """
 
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -38,9 +39,11 @@ def module_of(path, name):
     return module
 
 
+generate = module_of(KERNELS / "backends/native/generate.py", "dudi_generate")
+
+
 class Build(build_ext):
     def run(self):
-        generate = module_of(KERNELS / "backends/native/generate.py", "dudi_generate")
         divergences = module_of(KERNELS / "divergences.py", "dudi_divergences")
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +62,7 @@ setup(
             f"{NATIVE}._{source}_{level}",
             [f"dudi_kernels/backends/native/{source}.cpp"],
             extra_compile_args=[*COMMON, *flags],
+            depends=[os.path.relpath(source) for source in generate.SOURCES],
             optional=True,
         )
         for level, flags in LEVELS.items()

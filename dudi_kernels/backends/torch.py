@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.backends import native
+from dudi_kernels.backends.native import gemm
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import BLOCK
 from dudi_kernels.sweep import Gradients, Side
@@ -61,13 +62,27 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         out.copy_(product)
 
 
+def packed(
+    device: torch.device, rows: int, widths: tuple[int, ...], columns: int, *dtypes: torch.dtype
+) -> int | None:
+    """Bytes that GEMMs without converted copies pack operands in; None: there are no such GEMMs."""
+    if not gemm.serves(device, *dtypes):
+        return None
+    wide = torch.float32 if torch.float32 in dtypes else torch.bfloat16
+    return max(gemm.workspace(rows, width, columns, wide) for width in widths)
+
+
 def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32
     """Logits of a side into `out`, in fp32 whatever the inputs are."""
     head = side.head
+    split = gemm.takes(side.hidden, head.weight, out)
+    if split:
+        gemm.project(side.hidden, head.weight, out)
     dtype = _gemm_dtype(side.hidden, backward=False)
-    rows = side.hidden.to(dtype)
+    rows = side.hidden if split else side.hidden.to(dtype)
     for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
-        _mm(rows, head.weight[block].to(dtype).t(), out[:, block], add=False)
+        if not split:
+            _mm(rows, head.weight[block].to(dtype).t(), out[:, block], add=False)
         if head.lora is not None and side.low is not None:
             _mm(side.low, head.lora.b[block].float().t(), out[:, block], add=True)
     if head.bias is not None:
@@ -87,14 +102,19 @@ def accumulate(
 ) -> None:
     """The GEMMs of the backward pass, and the bias."""
     head = side.head
+    split = gemm.takes(grad, side.hidden, head.weight)
+    if split and sums.hidden is not None:
+        gemm.hidden_gradient(grad, head.weight, sums.hidden)
+    if split and sums.weight is not None:
+        gemm.weight_gradient(grad, side.hidden, sums.weight, add_weight)
     dtype = _gemm_dtype(side.hidden, backward=True)
-    rows = side.hidden.to(dtype)
+    rows = side.hidden if split else side.hidden.to(dtype)
     for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
         part = grad[:, block]
-        own = part.to(dtype)
-        if sums.hidden is not None:
+        own = part if split else part.to(dtype)
+        if sums.hidden is not None and not split:
             _mm(own, head.weight[block].to(dtype), sums.hidden, add=True)
-        if sums.weight is not None:
+        if sums.weight is not None and not split:
             _mm(own.t(), rows, sums.weight[block], add=add_weight)
         if sums.low is not None and head.lora is not None:
             _mm(part, head.lora.b[block].float(), sums.low, add=True)

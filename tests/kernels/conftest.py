@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dudi_kernels.backends import native
+from dudi_kernels.backends.native import gemm
 
 
 @pytest.fixture(autouse=True)
@@ -17,5 +18,6 @@ def _seed() -> None:
 def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "plain":
         monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(gemm, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("the compiled steps are not built: no C++ compiler at installation")

@@ -168,13 +168,14 @@ Pack packer(bool half, int terms, bool plain) {
 
 // ---- sums --------------------------------------------------------------------------------------
 
-// Fetches the lines of a coming panel, a few at a time.
+// Fetches the lines of a coming panel, a few at each step of a block.
 struct Ahead {
-  const char* at = nullptr;
-  int64_t stride = 0, lines = 0, rows = 0, line = 0;  // stride in bytes
+  const char* at;
+  int64_t stride, lines, rows, each;  // stride in bytes
+  int64_t line = 0;
 
-  INLINE void some(int64_t n) {
-    for (; n > 0 && rows > 0; --n) {
+  INLINE void some() {
+    for (int64_t n = each; n > 0 && rows > 0; --n) {
       _mm_prefetch(at + 64 * line, _MM_HINT_T1);
       if (++line == lines) line = 0, at += stride, --rows;
     }
@@ -196,7 +197,7 @@ struct Ahead {
 // 32 x 32 sums over `steps` steps, on top of what there is or from zero.
 template <int L, int R>
 __attribute__((noinline)) void block(const uint8_t* left, const uint8_t* right, int64_t steps,
-                                     float* sums, bool more, Ahead& ahead, int64_t fetch) {
+                                     float* sums, bool more, Ahead* ahead) {
   asm volatile("" ::: "memory");  // what was packed is in memory
   if (more) {
     _tile_loadd(0, sums, 64);
@@ -210,7 +211,7 @@ __attribute__((noinline)) void block(const uint8_t* left, const uint8_t* right, 
     _tile_zero(3);
   }
   for (; steps > 0; --steps, left += L * PAIR, right += R * PAIR) {
-    ahead.some(fetch);
+    if (ahead) ahead->some();
     LEFT(0);
     if constexpr (L == 1 && R == 1) {
       RIGHT(0);
@@ -262,7 +263,7 @@ __attribute__((noinline)) void block(const uint8_t* left, const uint8_t* right, 
   asm volatile("" ::: "memory");
 }
 
-using Block = void (*)(const uint8_t*, const uint8_t*, int64_t, float*, bool, Ahead&, int64_t);
+using Block = void (*)(const uint8_t*, const uint8_t*, int64_t, float*, bool, Ahead*);
 
 Block blocker(int left, int right) {
   static const Block table[3][3] = {{block<1, 1>, block<1, 2>, block<1, 3>},
@@ -335,7 +336,8 @@ struct Cut {
       panel = most(1, PANEL / (rows * left * PAIR));
       own = panel * rows * left * PAIR + BLOCK;
     } else {
-      own = rows * DEPTH * left * PAIR + DEPTH * right * PAIR + BLOCK;
+      chunk = most(1, least(width, PANEL / 2 / (DEPTH * right * PAIR)));
+      own = (rows * left + chunk * right) * DEPTH * PAIR + BLOCK;
     }
     panel = most(1, least(panel, columns));
     panels = (columns + panel - 1) / panel;
@@ -388,18 +390,18 @@ void project(Gemm& g, const Cut& cut, uint8_t* own) {
         for (int64_t s = 0; s < steps; ++s)
           pack(from + s * SIDE * bytes, g.right_stride, g.columns - v * SIDE,
                g.width - (start + s) * SIDE, packed + s * cut.right * PAIR);
-        Ahead ahead{from + SIDE * g.right_stride * bytes, g.right_stride * bytes,
-                    (steps * SIDE * bytes + 63) / 64,
-                    most(0, least(SIDE, g.columns - (v + 1) * SIDE))};
-        if (v + 1 == end && start + steps < cut.width)
+        const int64_t lines = (steps * SIDE * bytes + 63) / 64;
+        Ahead ahead{from + SIDE * g.right_stride * bytes, g.right_stride * bytes, lines,
+                    most(0, least(SIDE, g.columns - (v + 1) * SIDE)),
+                    lines * SIDE / (steps * cut.rows) + 1};
+        if (v + 1 == end && start + steps < cut.width)  // back to the panel's first block
           ahead.at = at(g.right, g.right_half, begin * SIDE * g.right_stride) +
                      (start + steps) * SIDE * bytes;
-        const int64_t fetch = ahead.lines * SIDE / (steps * cut.rows) + 1;
         for (int64_t r = 0; r < cut.rows; ++r) {
           float* own_sums =
               reinterpret_cast<float*>(sums + (rest * (v - begin) * cut.rows + r) * BLOCK);
           block(packed, g.shared + (start * cut.rows + r * steps) * cut.left * PAIR, steps,
-                own_sums, start > 0, ahead, fetch);
+                own_sums, start > 0, &ahead);
           if (start + steps == cut.width)
             put_turned(own_sums, g.out + r * SIDE * g.out_stride + v * SIDE, g.out_stride,
                        g.rows - r * SIDE, g.columns - v * SIDE);
@@ -415,27 +417,19 @@ void weight_gradient(Gemm& g, const Cut& cut, uint8_t* own) {
   const Block block = blocker(cut.left, cut.right);
   float* sums = reinterpret_cast<float*>(own);
   uint8_t* packed = own + BLOCK;
-  const int64_t bytes = size_of(g.left_half), pack_size = cut.rows * cut.left * PAIR;
-  for (int64_t panel = take(g), next; panel < cut.panels; panel = next) {
-    next = take(g);
+  const int64_t pack_size = cut.rows * cut.left * PAIR;
+  for (int64_t panel; (panel = take(g)) < cut.panels;) {
     const int64_t begin = panel * cut.panel, end = least(cut.columns, begin + cut.panel);
     for (int64_t s = 0; s < cut.rows; ++s)
       for (int64_t v = begin; v < end; ++v)
         pack(at(g.left, g.left_half, s * SIDE * g.left_stride + v * SIDE), g.left_stride,
              g.columns - v * SIDE, g.rows - s * SIDE,
              packed + (v - begin) * pack_size + s * cut.left * PAIR);
-    Ahead ahead;
-    if (next < cut.panels)
-      ahead = {at(g.left, g.left_half, next * cut.panel * SIDE), g.left_stride * bytes,
-               (least(cut.panel * SIDE, g.columns - next * cut.panel * SIDE) * bytes + 63) / 64,
-               g.rows};
-    const int64_t fetch =
-        ahead.lines * g.rows / most(1, (end - begin) * cut.width * cut.rows) + 1;
     for (int64_t start = 0; start < cut.width; start += cut.chunk)
       for (int64_t v = begin; v < end; ++v)
         for (int64_t c = start; c < least(cut.width, start + cut.chunk); ++c) {
           block(packed + (v - begin) * pack_size, g.shared + c * cut.rows * cut.right * PAIR,
-                cut.rows, sums, false, ahead, fetch);
+                cut.rows, sums, false, nullptr);
           put(sums, g.out + v * SIDE * g.out_stride + c * SIDE, g.out_stride,
               g.columns - v * SIDE, g.width - c * SIDE, g.add);
         }
@@ -444,49 +438,44 @@ void weight_gradient(Gemm& g, const Cut& cut, uint8_t* own) {
 
 // out (R, K) += grad (R, V) @ weight (V, K); a thread has columns of its own.
 void hidden_gradient(Gemm& g, const Cut& cut, uint8_t* own, int64_t begin, int64_t end) {
-  if (begin == end) return;
   const Pack pack_left = packer<ALONG, false>(g.left_half, g.terms, false);
   const Pack pack_right = packer<ACROSS, false>(g.right_half, g.terms, false);
   const Block block = blocker(cut.left, cut.right);
   float* sums = reinterpret_cast<float*>(own);
   uint8_t* right = own + BLOCK;
-  uint8_t* left = right + DEPTH * cut.right * PAIR;
-  const int64_t left_bytes = size_of(g.left_half), right_bytes = size_of(g.right_half);
+  uint8_t* left = right + cut.chunk * DEPTH * cut.right * PAIR;
   for (int64_t start = 0; start < cut.columns; start += DEPTH) {
-    const int64_t steps = least(DEPTH, cut.columns - start), left_size = steps * cut.left * PAIR;
+    const int64_t steps = least(DEPTH, cut.columns - start);
+    const int64_t left_size = steps * cut.left * PAIR, right_size = steps * cut.right * PAIR;
     for (int64_t r = 0; r < cut.rows; ++r)
       for (int64_t s = 0; s < steps; ++s)
         pack_left(at(g.left, g.left_half, r * SIDE * g.left_stride + (start + s) * SIDE),
                   g.left_stride, g.rows - r * SIDE, g.columns - (start + s) * SIDE,
                   left + r * left_size + s * cut.left * PAIR);
-    Ahead grad;
-    if (start + steps < cut.columns)
-      grad = {at(g.left, g.left_half, (start + steps) * SIDE), g.left_stride * left_bytes,
-              (least(DEPTH * SIDE, g.columns - (start + steps) * SIDE) * left_bytes + 63) / 64,
-              g.rows};
-    const int64_t part = grad.lines * g.rows / ((end - begin) * cut.rows) + 1;
-    for (int64_t c = begin; c < end; ++c) {
-      const char* from = at(g.right, g.right_half, start * SIDE * g.right_stride + c * SIDE);
+    for (int64_t c = begin, stop; c < end; c = stop) {
+      stop = least(end, c + cut.chunk);
       for (int64_t s = 0; s < steps; ++s)
-        pack_right(from + s * SIDE * g.right_stride * right_bytes, g.right_stride,
-                   g.width - c * SIDE, g.columns - (start + s) * SIDE,
-                   right + s * cut.right * PAIR);
-      const bool wrap = c + 1 == end;
-      const int64_t row = (wrap ? start + steps : start) * SIDE;
-      Ahead weight{at(g.right, g.right_half,
-                      row * g.right_stride + (wrap ? begin : c + 1) * SIDE),
-                   g.right_stride * right_bytes, SIDE * right_bytes / 64,
-                   most(0, least(steps * SIDE, g.columns - row))};
-      const int64_t fetch = weight.lines * SIDE / cut.rows + 1;
-      for (int64_t r = 0; r < cut.rows; ++r) {
-        grad.some(part);
-        block(left + r * left_size, right, steps, sums, false, weight, fetch);
-        put(sums, g.out + r * SIDE * g.out_stride + c * SIDE, g.out_stride, g.rows - r * SIDE,
-            g.width - c * SIDE, true);
-      }
+        for (int64_t i = c; i < stop; ++i)
+          pack_right(
+              at(g.right, g.right_half, (start + s) * SIDE * g.right_stride + i * SIDE),
+              g.right_stride, g.width - i * SIDE, g.columns - (start + s) * SIDE,
+              right + (i - c) * right_size + s * cut.right * PAIR);
+      for (int64_t i = c; i < stop; ++i)
+        for (int64_t r = 0; r < cut.rows; ++r) {
+          block(left + r * left_size, right + (i - c) * right_size, steps, sums, false, nullptr);
+          put(sums, g.out + r * SIDE * g.out_stride + i * SIDE, g.out_stride, g.rows - r * SIDE,
+              g.width - i * SIDE, true);
+        }
     }
   }
 }
+
+// Numbers below the least normal one are zeros to the tile unit, and slow elsewhere.
+struct Flush {
+  unsigned before = _mm_getcsr();
+  Flush() { _mm_setcsr(before | 0x8040); }
+  ~Flush() { _mm_setcsr(before); }
+};
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -518,11 +507,15 @@ void dudi_gemm_bytes(const Gemm* g, int64_t* shared, int64_t* own) {
   *own = cut.own;
 }
 
-void dudi_gemm_pack(const Gemm* g, int64_t part, int64_t parts) { pack_shared(*g, part, parts); }
+void dudi_gemm_pack(const Gemm* g, int64_t part, int64_t parts) {
+  const Flush flush;
+  pack_shared(*g, part, parts);
+}
 
 void dudi_gemm(Gemm* g, int64_t part, int64_t parts) {
   const Cut cut(*g);
   uint8_t* own = g->own + part * cut.own;
+  const Flush flush;
   const Config config;
   _tile_loadconfig(&config);
   if (g->role == PROJECT)

@@ -64,14 +64,44 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def serves(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether there are such GEMMs, which need no converted copies."""
+    known = all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes)
+    return device.type == "cpu" and known and library() is not None
+
+
 def takes(*tensors: Tensor) -> bool:
     """Whether GEMMs of these matrices can be served."""
-    return library() is not None and all(
-        t.device.type == "cpu"
-        and t.dtype in (torch.float32, torch.bfloat16)
-        and (t.stride(1) == 1 or t.shape[1] <= 1)
-        for t in tensors
+    return serves(tensors[0].device, *(t.dtype for t in tensors)) and all(
+        t.stride(1) == 1 or t.shape[1] <= 1 for t in tensors
     )
+
+
+def workspace(rows: int, width: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of packed operands, at the most, of a head's three GEMMs."""
+    rows = max((block.stop - block.start for block in _row_blocks(rows)), default=0)
+    half = dtype == torch.bfloat16
+    job = _Gemm(rows=rows, width=width, columns=columns, terms=_terms())
+    found = []
+    for role in (PROJECT, HIDDEN_GRADIENT, WEIGHT_GRADIENT):
+        job.role, job.left_half, job.right_half = role, half and role == PROJECT, half
+        found.append(_packed(job)[2])
+    return max(found)
+
+
+def _terms() -> int:
+    """In how many an fp32 number is split."""
+    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
+
+
+def _packed(job: _Gemm) -> tuple[int, int, int]:
+    """Threads, bytes of the shared buffer, bytes of all buffers."""
+    loaded = library()
+    assert loaded is not None
+    threads = max(1, min(torch.get_num_threads(), job.rows * job.width * job.columns // LEAST))
+    shared, own = ctypes.c_int64(), ctypes.c_int64()
+    loaded.dudi_gemm_bytes(job, shared, own)
+    return threads, shared.value, shared.value + threads * own.value
 
 
 def project(
@@ -131,16 +161,13 @@ def _run(role: int, left: Tensor, right: Tensor, out: Tensor, add: bool) -> None
         role=role,
         left_half=left.dtype == torch.bfloat16,
         right_half=right.dtype == torch.bfloat16,
-        terms=3 if torch.get_float32_matmul_precision() == "highest" else 2,
+        terms=_terms(),
         add=add,
     )
-    work = len(left) * width * columns
-    threads = max(1, min(torch.get_num_threads(), work // LEAST))
-    shared, own = ctypes.c_int64(), ctypes.c_int64()
-    loaded.dudi_gemm_bytes(job, shared, own)
-    memory = torch.empty(shared.value + threads * own.value, dtype=torch.uint8)
+    threads, shared, size = _packed(job)
+    memory = torch.empty(size, dtype=torch.uint8)
     job.shared = memory.data_ptr()
-    job.own = memory.data_ptr() + shared.value
+    job.own = memory.data_ptr() + shared
     for step in (loaded.dudi_gemm_pack, loaded.dudi_gemm):
         others = [
             native._pool(threads - 1, os.getpid()).submit(step, job, i, threads)

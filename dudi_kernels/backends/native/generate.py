@@ -14,6 +14,10 @@ from typing import Any
 
 ARGUMENTS = ("p", "lp", "q", "lq", "x", "y", "z", "a", "b")
 HERE = Path(__file__).parent
+SOURCES = (  # what a library is made from
+    HERE.parents[1] / "divergences.py",
+    *(HERE / name for name in ("rows.cpp", "gemm.cpp", "generate.py")),
+)
 
 
 class Symbol:
@@ -99,9 +103,7 @@ def stamp() -> str:
 
 def fingerprint() -> str:
     """Of all that the compiled code is made from: a stale build is never used."""
-    names = ("rows.cpp", "gemm.cpp", "generate.py")
-    files = (HERE.parents[1] / "divergences.py", *(HERE / name for name in names))
     digest = hashlib.sha256()
-    for file in files:
+    for file in SOURCES:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
