@@ -1,7 +1,8 @@
 """The optional compiled steps of the torch backend; everything else is in pyproject.toml.
 
 One small library for each instruction set, from one source, with a header that is generated from
-divergences.py, and one with the GEMMs for AMX. Without a C++ compiler the installation succeeds and torch does the same work.
+divergences.py, and one with the GEMMs for AMX. Without a C++ compiler, or where it does not know an
+instruction set, the installation succeeds and torch does the same work.
 """
 
 import importlib.util

@@ -15,7 +15,7 @@ from torch import Tensor
 from dudi_kernels.backends import native
 from dudi_kernels.backends.native import gemm
 from dudi_kernels.divergences import FLOOR, Measure
-from dudi_kernels.plan import BLOCK
+from dudi_kernels.plan import BLOCK, Packing
 from dudi_kernels.sweep import Gradients, Side
 from dudi_kernels.tiles import (
     STUDENT_POLE,
@@ -62,14 +62,14 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         out.copy_(product)
 
 
-def packed(
-    device: torch.device, rows: int, widths: tuple[int, ...], columns: int, *dtypes: torch.dtype
-) -> int | None:
-    """Bytes that GEMMs without converted copies pack operands in; None: there are no such GEMMs."""
+def packing(
+    device: torch.device, widths: tuple[int, ...], dtypes: set[torch.dtype]
+) -> Packing | None:
+    """What GEMMs that need no converted copies hold; None: there are none."""
     if not gemm.serves(device, *dtypes):
         return None
-    wide = torch.float32 if torch.float32 in dtypes else torch.bfloat16
-    return max(gemm.workspace(rows, width, columns, wide) for width in widths)
+    half = torch.float32 not in dtypes
+    return lambda rows, columns: max(gemm.workspace(rows, k, columns, half) for k in widths)
 
 
 def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32

@@ -30,10 +30,7 @@ class _Gemm(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("left", "right", "out", "shared", "own")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("left_stride", "right_stride", "out_stride")
-        ),
+        *((name, ctypes.c_int64) for name in ("left_stride", "right_stride", "out_stride")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "columns", "next")),
         *((name, ctypes.c_int32) for name in ("role", "left_half", "right_half", "terms", "add")),
     ]
@@ -53,14 +50,11 @@ def library() -> ctypes.CDLL | None:
     loaded.dudi_fingerprint.restype = ctypes.c_char_p
     if loaded.dudi_fingerprint().decode() != fingerprint() or not loaded.dudi_gemm_ready():
         return None
-    pointer, part = ctypes.POINTER(_Gemm), ctypes.c_int64
-    sizes = ctypes.POINTER(ctypes.c_int64)
-    for function, arguments in (
-        (loaded.dudi_gemm, [pointer, part, part]),
-        (loaded.dudi_gemm_pack, [pointer, part, part]),
-        (loaded.dudi_gemm_bytes, [pointer, sizes, sizes]),
-    ):
-        function.argtypes, function.restype = arguments, None
+    job, size = ctypes.POINTER(_Gemm), ctypes.POINTER(ctypes.c_int64)
+    loaded.dudi_gemm.argtypes = [job, ctypes.c_int64, ctypes.c_int64]
+    loaded.dudi_gemm_pack.argtypes = loaded.dudi_gemm.argtypes
+    loaded.dudi_gemm_bytes.argtypes = [job, size, size]
+    loaded.dudi_gemm.restype = loaded.dudi_gemm_pack.restype = loaded.dudi_gemm_bytes.restype = None
     return loaded
 
 
@@ -77,10 +71,9 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def workspace(rows: int, width: int, columns: int, dtype: torch.dtype) -> int:
+def workspace(rows: int, width: int, columns: int, half: bool) -> int:
     """Bytes of packed operands, at the most, of a head's three GEMMs."""
     rows = max((block.stop - block.start for block in _row_blocks(rows)), default=0)
-    half = dtype == torch.bfloat16
     job = _Gemm(rows=rows, width=width, columns=columns, terms=_terms())
     found = []
     for role in (PROJECT, HIDDEN_GRADIENT, WEIGHT_GRADIENT):
