@@ -102,17 +102,19 @@ def accumulate(
 ) -> None:
     """The GEMMs of the backward pass, and the bias."""
     head = side.head
+    dtype = _gemm_dtype(side.hidden, backward=True)
+    whole = dtype == head.weight.dtype == torch.float32
     split = gemm.takes(grad, side.hidden, head.weight)
-    if split and sums.hidden is not None:
+    split_hidden = split and (len(grad) >= gemm.FEW_ROWS or not whole)
+    if split_hidden and sums.hidden is not None:
         gemm.hidden_gradient(grad, head.weight, sums.hidden)
     if split and sums.weight is not None:
         gemm.weight_gradient(grad, side.hidden, sums.weight, add_weight)
-    dtype = _gemm_dtype(side.hidden, backward=True)
     rows = side.hidden if split else side.hidden.to(dtype)
-    for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
+    for block in _blocks(len(head.weight), whole):
         part = grad[:, block]
         own = part if split else part.to(dtype)
-        if sums.hidden is not None and not split:
+        if sums.hidden is not None and not split_hidden:
             _mm(own, head.weight[block].to(dtype), sums.hidden, add=True)
         if sums.weight is not None and not split:
             _mm(own.t(), rows, sums.weight[block], add=add_weight)

@@ -22,6 +22,7 @@ from dudi_kernels.backends.native.generate import fingerprint
 from dudi_kernels.plan import MAX_CHUNK
 
 PROJECT, HIDDEN_GRADIENT, WEIGHT_GRADIENT = range(3)
+FEW_ROWS = 96  # fewer than these, and an fp32 GEMM makes the gradient of hidden states sooner
 LEAST = 4_000_000  # multiplications that are worth a thread
 
 
