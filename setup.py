@@ -1,10 +1,12 @@
 """The optional compiled steps of the torch backend; everything else is in pyproject.toml.
 
-One small library for each instruction set, from one source, and a header that is generated from
-divergences.py. Without a C++ compiler the installation succeeds and torch does the same work.
+One small library for each instruction set, from one source, with a header that is generated from
+divergences.py, and one with the GEMMs for AMX. Without a C++ compiler, or where it does not know an
+instruction set, the installation succeeds and torch does the same work.
 """
 
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512vl",
         "-mprefer-vector-width=512",
     ]
+    LEVELS["amx"] = [*LEVELS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 
 def module_of(path, name):
@@ -37,13 +40,16 @@ def module_of(path, name):
     return module
 
 
+generate = module_of(KERNELS / "backends/native/generate.py", "dudi_generate")
+
+
 class Build(build_ext):
     def run(self):
-        generate = module_of(KERNELS / "backends/native/generate.py", "dudi_generate")
         divergences = module_of(KERNELS / "divergences.py", "dudi_divergences")
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "divergences.h").write_text(generate.header(divergences), encoding="utf-8")
+        (folder / "fingerprint.h").write_text(generate.stamp(), encoding="utf-8")
         self.parallel = None  # the libraries share an object's name
         for extension in self.extensions:
             extension.include_dirs.append(str(folder))
@@ -54,11 +60,13 @@ setup(
     cmdclass={"build_ext": Build},
     ext_modules=[
         Extension(
-            f"{NATIVE}._rows_{level}",
-            ["dudi_kernels/backends/native/rows.cpp"],
+            f"{NATIVE}._{source}_{level}",
+            [f"dudi_kernels/backends/native/{source}.cpp"],
             extra_compile_args=[*COMMON, *flags],
+            depends=[os.path.relpath(source) for source in generate.SOURCES],
             optional=True,
         )
         for level, flags in LEVELS.items()
+        for source in ("gemm" if level == "amx" else "rows",)
     ],
 )

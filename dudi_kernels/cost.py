@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 
 from dudi_kernels import checks
-from dudi_kernels.plan import BLOCK, DEFAULT_BUDGET, FP32, TEMPORARIES, plan_block, plan_retain
+from dudi_kernels.plan import (
+    BLOCK,
+    DEFAULT_BUDGET,
+    FP32,
+    TEMPORARIES,
+    Packing,
+    plan_block,
+    plan_retain,
+)
 from dudi_kernels.prepare import pick_backend
 from dudi_kernels.sweep import even
 
@@ -45,7 +53,8 @@ def plan_memory(
     Args:
         per_row: of `linear_distill`, `linear_log_prob` and the like (strategy *recompute*), rather
             than of a scalar loss (*retain*).
-        dtype: of hidden states and weights; half precision is converted block by block on a CPU.
+        dtype: of hidden states and weights; half precision is converted block by block on a CPU
+            (bf16 on one with AMX is not).
         train_hidden, train_weight: which gradients are wanted.
 
     Returns:
@@ -61,12 +70,17 @@ def plan_memory(
     measure = checks.divergence("divergence", divergence, 0.5, 0.5)
     widths = (width,) if teacher_width is None else (width, teacher_width)
     place = torch.device(device)
+    module = pick_backend(backend, place)
+    packing = module.packing(place, widths, {dtype})
     settings = {
+        "packing": packing,
         "cached": place.type == "cpu",
-        "temporaries": pick_backend(backend, place).needs_temporaries(place, [measure]),
+        "temporaries": module.needs_temporaries(place, [measure]),
     }
-    convert = dtype != torch.float32
-    call = _Call(rows, vocab_size, widths, dtype.itemsize, convert, train_hidden, train_weight)
+    convert = packing is None and dtype != torch.float32
+    call = _Call(
+        rows, vocab_size, widths, dtype.itemsize, convert, packing, train_hidden, train_weight
+    )
     if per_row:
         block, tile_rows = plan_block(rows, widths, convert, memory_budget, **settings)
         once = teacher_width is None or measure.chain is not None or measure.adaptive
@@ -87,6 +101,7 @@ class _Call(NamedTuple):
     widths: tuple[int, ...]
     item_size: int
     convert: bool
+    packing: Packing | None
     train_hidden: bool
     train_weight: bool
 
@@ -107,8 +122,10 @@ class _Call(NamedTuple):
     def logit_bytes(self) -> int:
         return self.rows * self.vocab_size * FP32
 
-    def converted(self, columns: int) -> int:
-        """One block of a head in fp32."""
+    def converted(self, rows: int, columns: int) -> int:
+        """One block of a head in fp32, or what GEMMs pack instead."""
+        if self.packing is not None:
+            return self.packing(rows, columns)
         return min(BLOCK, columns) * max(self.widths) * FP32 if self.convert else 0
 
     @property
@@ -128,9 +145,9 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
     operands = call.head_bytes + student_head * call.train_hidden + 2 * sums
     row = call.vocab_size * FP32
     workspace = sides * chunk * row + tile_rows * TEMPORARIES * row
-    workspace += call.converted(call.vocab_size)
+    workspace += call.converted(chunk, call.vocab_size)
     gradients = call.hidden_gradient + sums
-    rounded = call.weight_elements * call.item_size if call.convert else 0
+    rounded = call.weight_elements * call.item_size if call.item_size != FP32 else 0
     return MemoryPlan(
         "retain",
         chunk,
@@ -156,7 +173,9 @@ def _recompute(call: _Call, block: int, tile_rows: int, forward_passes: int) -> 
     block = min(block, call.vocab_size)
     passes = forward_passes + trains
     workspace = (sides * call.rows + tile_rows * TEMPORARIES) * block * FP32
-    workspace += block * call.widths[0] * FP32 * call.train_weight + call.converted(block)
+    workspace += block * call.widths[0] * FP32 * call.train_weight + call.converted(
+        call.rows, block
+    )
     gradients = call.hidden_gradient + call.weight_elements * call.item_size
     return MemoryPlan(
         "recompute",

@@ -1,13 +1,14 @@
 """How many rows at a time: from shapes and a budget in bytes to chunks, tiles and blocks.
 
 The workspace of *retain* is the logits of a chunk for each side and one block of the head converted
-where it is not fp32; that of *recompute* is a (N, block) buffer for each side. Where the steps are
-not compiled, the temporaries of a tile of a few rows come on top. Gradients, results and O(N)
-vectors are not workspace.
+where it is not fp32, or what GEMMs pack instead; that of *recompute* is a (N, block) buffer for
+each side. Where the steps are not compiled, the temporaries of a tile of a few rows come on top.
+Gradients, results and O(N) vectors are not workspace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes
@@ -17,6 +18,9 @@ TEMPORARIES = 16  # tiles alive at once in the element-wise part, at the most
 MAX_CHUNK = 384  # rows; more gained nothing, and 1024 were 3 to 9 % slower on a CPU
 BLOCK = 4096  # columns of a vocabulary block, at the most
 FP32 = 4
+
+
+Packing = Callable[[int, int], int]  # rows, columns -> bytes of the operands that a GEMM packs
 
 
 class Plan(NamedTuple):
@@ -31,6 +35,7 @@ def plan_retain(
     convert: bool,
     budget: int,
     *,
+    packing: Packing | None = None,
     cached: bool = True,
     temporaries: bool = True,
 ) -> Plan:
@@ -53,10 +58,18 @@ def plan_retain(
             f"memory_budget must be at least {least:,} bytes for a vocabulary of {vocab_size:,}, "
             f"got {budget:,}"
         )
-    most = (budget - fixed) // (chunk_row + tile_row)  # tiles as long as chunks
-    tile_rows = max(1, min(_tile_bytes(budget, cached) // row, most))
-    most_rows = (budget - fixed - tile_rows * tile_row) // chunk_row
-    return Plan(min(MAX_CHUNK, most_rows), tile_rows, most_rows)
+
+    def plan(left: int) -> Plan:
+        most = left // (chunk_row + tile_row)  # tiles as long as chunks
+        tile_rows = max(1, min(_tile_bytes(budget, cached) // row, most))
+        most_rows = (left - tile_rows * tile_row) // chunk_row
+        return Plan(min(MAX_CHUNK, most_rows), tile_rows, most_rows)
+
+    most = plan(budget - fixed)
+    if packing is None:
+        return most
+    held = packing(most.chunk_rows, vocab_size)
+    return plan(max(budget - held, budget // 2, least))  # a little more where the budget is tiny
 
 
 def _tile_bytes(budget: int, cached: bool) -> int:
@@ -69,6 +82,7 @@ def plan_block(
     convert: bool,
     budget: int,
     *,
+    packing: Packing | None = None,
     cached: bool = True,
     temporaries: bool = True,
 ) -> tuple[int, int]:
@@ -89,5 +103,8 @@ def plan_block(
         raise ValueError(
             f"memory_budget must be at least {column:,} bytes for {rows:,} rows, got {budget:,}"
         )
-    block = min(BLOCK, (budget - TEMPORARIES * tile_bytes) // column)
+    left = budget - TEMPORARIES * tile_bytes
+    block = min(BLOCK, left // column)
+    if packing is not None:
+        block = min(BLOCK, max(left - packing(rows, block), left // 2, column) // column)
     return block, max(1, min(rows, tile_bytes // (block * FP32)))

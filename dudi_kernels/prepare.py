@@ -73,9 +73,18 @@ def as_side(rows: Rows) -> Side:
     return Side(hidden.to(dtype), rows.head.detach(), low)
 
 
-def _converts(side: Side) -> bool:
-    """Whether blocks of the head are converted for the GEMMs."""
-    return not (side.hidden.dtype == side.head.weight.dtype == torch.float32)
+def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleType) -> dict:
+    """What a plan must know of the GEMMs and steps of these sides."""
+    device, widths = sides[0].hidden.device, tuple(side.head.width for side in sides)
+    dtypes = {t.dtype for side in sides for t in (side.hidden, side.head.weight)}
+    packing = backend.packing(device, widths, dtypes)
+    return {
+        "widths": widths,
+        "convert": packing is None and dtypes != {torch.float32},
+        "packing": packing,
+        "cached": device.type == "cpu",
+        "temporaries": backend.needs_temporaries(device, measures),
+    }
 
 
 def make_plan(
@@ -87,16 +96,8 @@ def make_plan(
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    widths = tuple(side.head.width for side in sides)
-    device = student.hidden.device
-    return plan_retain(
-        student.head.vocab_size,
-        widths,
-        any(map(_converts, sides)),
-        memory_budget,
-        cached=device.type == "cpu",
-        temporaries=backend.needs_temporaries(device, measures),
-    )
+    layout = _layout(sides, measures, backend)
+    return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
 
 
 def retain(rows: Rows, *arguments: object) -> tuple[Tensor, RowValues]:
@@ -120,15 +121,8 @@ def row_wise(
     checks.budget(memory_budget)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
     sides = [side for side in (learner, guide) if side is not None]
-    device = learner.hidden.device
-    block, tile_rows = plan_block(
-        len(learner.hidden),
-        tuple(side.head.width for side in sides),
-        any(map(_converts, sides)),
-        memory_budget,
-        cached=device.type == "cpu",
-        temporaries=backend.needs_temporaries(device, [measure]),
-    )
+    layout = _layout(sides, [measure], backend)
+    block, tile_rows = plan_block(len(learner.hidden), budget=memory_budget, **layout)
     job = Job(
         student=learner,
         teacher=guide,

@@ -21,6 +21,8 @@ from dudi_kernels.head import LMHead
 from dudi_kernels.plan import Plan
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
 
+TILE_ROWS = 32  # that a GEMM takes at once
+
 Chunk = tuple[int, int]  # rows [start, stop)
 
 
@@ -129,8 +131,10 @@ def chunks(start: int, stop: int, size: int) -> list[Chunk]:
 
 
 def even(rows: int, size: int) -> int:
-    """A step of at most `size` that leaves no short rest."""
-    return max(1, -(-rows // max(1, -(-rows // size))))
+    """A step of at most `size` that leaves no short rest; whole tiles where that costs no step."""
+    step = max(1, -(-rows // max(1, -(-rows // size))))
+    tiled = -(-step // TILE_ROWS) * TILE_ROWS
+    return tiled if step < rows and tiled <= size else step
 
 
 class Sweep:

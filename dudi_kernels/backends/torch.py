@@ -1,22 +1,18 @@
 """The primitives in plain torch, on any device; on a CPU the element-wise steps may be compiled.
 
-`project` makes fp32 logits of a block of rows in a given buffer, `accumulate` the gradients of
-hidden states, weight and bias from the gradient of the logits. `steps` takes the element-wise steps
-between them (tiles.py), in tiles of a few rows, so that temporaries stay in cache.
+`steps` takes the element-wise steps between the GEMMs (gemms.py) in tiles of a few rows, so that
+temporaries stay in cache; tiles.py tells what they are.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dudi_kernels.adaptive import mix
 from dudi_kernels.backends import native
+from dudi_kernels.backends.gemms import accumulate, packing, project
 from dudi_kernels.divergences import FLOOR, Measure
-from dudi_kernels.plan import BLOCK
-from dudi_kernels.sweep import Gradients, Side
 from dudi_kernels.tiles import (
     STUDENT_POLE,
     TEACHER_POLE,
@@ -29,87 +25,7 @@ from dudi_kernels.tiles import (
     smooth_mask,
 )
 
-MM_RETURNS_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8
-
-
-# ---- GEMMs ---------------------------------------------------------------------------------------
-
-
-def _gemm_dtype(hidden: Tensor, backward: bool) -> torch.dtype:
-    """Half precision only where a GEMM of it returns fp32; its gradients only in bf16."""
-    native_mm = hidden.is_cuda and torch.version.hip is None and MM_RETURNS_FP32
-    half = torch.bfloat16 if backward else hidden.dtype  # fp16 gradients would underflow
-    return hidden.dtype if native_mm and hidden.dtype == half else torch.float32
-
-
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the gradient of logits that go into `accumulate`."""
-    return _gemm_dtype(hidden, backward=True)
-
-
-def _blocks(size: int, whole: bool) -> Iterator[slice]:
-    """The vocabulary, in blocks where each needs a converted copy."""
-    step = size if whole else BLOCK
-    return (slice(i, min(i + step, size)) for i in range(0, size, max(step, 1)))
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """a @ b into fp32 `out`, or added to it."""
-    if a.dtype == torch.float32:
-        if add:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-        return
-    product = torch.mm(a, b, out_dtype=torch.float32)
-    if add:
-        out.add_(product)
-    else:
-        out.copy_(product)
-
-
-def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32
-    """Logits of a side into `out`, in fp32 whatever the inputs are."""
-    head = side.head
-    dtype = _gemm_dtype(side.hidden, backward=False)
-    rows = side.hidden.to(dtype)
-    for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
-        _mm(rows, head.weight[block].to(dtype).t(), out[:, block], add=False)
-        if head.lora is not None and side.low is not None:
-            _mm(side.low, head.lora.b[block].float().t(), out[:, block], add=True)
-    if head.bias is not None:
-        out.add_(head.bias)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    if head.scale != 1.0:
-        out.mul_(head.scale)
-    return out
-
-
-def accumulate(
-    grad: Tensor,  # (R, V) fp32 gradient of the raw logits
-    side: Side,
-    sums: Gradients,  # added to, where they are wanted
-    add_weight: bool,  # or write the weight's for the first time
-) -> None:
-    """The GEMMs of the backward pass, and the bias."""
-    head = side.head
-    dtype = _gemm_dtype(side.hidden, backward=True)
-    rows = side.hidden.to(dtype)
-    for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
-        part = grad[:, block]
-        own = part.to(dtype)
-        if sums.hidden is not None:
-            _mm(own, head.weight[block].to(dtype), sums.hidden, add=True)
-        if sums.weight is not None:
-            _mm(own.t(), rows, sums.weight[block], add=add_weight)
-        if sums.low is not None and head.lora is not None:
-            _mm(part, head.lora.b[block].float(), sums.low, add=True)
-        if sums.lora_b is not None and side.low is not None:
-            _mm(part.t(), side.low, sums.lora_b[block], add=True)
-    if sums.bias is not None:
-        sums.bias.add_(grad.sum(0))
-
+__all__ = ["Stream", "accumulate", "needs_temporaries", "packing", "project", "steps"]
 
 # ---- element-wise steps --------------------------------------------------------------------------
 

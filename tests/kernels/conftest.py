@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dudi_kernels.backends import native
+from dudi_kernels.backends.native import gemm
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 
@@ -38,5 +39,6 @@ def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         return
     if request.param == "plain":
         monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(gemm, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("the compiled steps are not built: no C++ compiler at installation")

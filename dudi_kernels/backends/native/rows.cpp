@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "fingerprint.h"
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.adaptive import mix
-from dudi_kernels.backends.torch import accumulate, gradient_dtype, project
+from dudi_kernels.backends.gemms import accumulate, gradient_dtype, packing, project
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import Measure
@@ -21,7 +21,7 @@ from dudi_kernels.recompute import Job
 from dudi_kernels.sweep import Side, chunks
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile
 
-__all__ = ["Stream", "accumulate", "needs_temporaries", "project", "serves", "steps"]
+__all__ = ["Stream", "accumulate", "needs_temporaries", "packing", "project", "serves", "steps"]
 
 KINDS = ("cuda", "xpu")  # ROCm calls itself cuda
 
