@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -160,7 +160,7 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
     )
 
 
-def _without_gradients(call: _Call, settings: dict[str, bool], budget: int) -> int:
+def _without_gradients(call: _Call, settings: dict[str, Any], budget: int) -> int:
     """Workspace of a *retain* sweep that makes values alone."""
     plan = plan_retain(call.vocab_size, call.widths, call.convert, budget, **settings)
     quiet = call._replace(train_hidden=False, train_weight=False)

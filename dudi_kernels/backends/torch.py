@@ -13,6 +13,7 @@ from dudi_kernels.adaptive import mix
 from dudi_kernels.backends import native
 from dudi_kernels.backends.gemms import accumulate, packing, project
 from dudi_kernels.divergences import FLOOR, Measure
+from dudi_kernels.recompute import Stream
 from dudi_kernels.tiles import (
     STUDENT_POLE,
     TEACHER_POLE,
