@@ -29,9 +29,10 @@ from dudi_kernels.prepare import (
     pick_backend,
     retain,
     row_wise,
+    scalar,
     wanted_gradients,
 )
-from dudi_kernels.sweep import RowValues, Span, Sweep, Task, chunks, even
+from dudi_kernels.sweep import RowValues, Span, Task, chunks, even
 from dudi_kernels.topk import TopKSweep, TopKTask, TopKTeacher
 
 
@@ -221,7 +222,7 @@ def _weighted_sweep(
     backend: ModuleType,
     memory_budget: int,
 ) -> tuple[Tensor, RowValues]:
-    """sum_n weight_n (D_n + ce_weight CE_n) by one *retain* sweep."""
+    """sum_n weight_n (D_n + ce_weight CE_n) in one sweep."""
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
     plan = make_plan(learner, guide, [measure], backend, memory_budget)
@@ -241,7 +242,7 @@ def _weighted_sweep(
         plan=plan,
         needs=wanted_gradients(student),
     )
-    return retain(student, Sweep(task, backend), _combined(weight, ce_weight))
+    return scalar(student, task, _combined(weight, ce_weight), backend, memory_budget)
 
 
 def _or_mean(weight: Tensor | None, student: Rows) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from dudi_kernels import checks
+from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
 from dudi_kernels.divergences import Measure
-from dudi_kernels.plan import Plan, plan_block, plan_retain
-from dudi_kernels.recompute import Job, RowWise
-from dudi_kernels.sweep import Needs, Retain, RowValues, Side
+from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
+from dudi_kernels.recompute import Job, RowWise, Streamed, shared_measure, streamable
+from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even
 
 BACKENDS = ("auto", "torch", "triton")
 GPUS = ("cuda", "xpu")  # ROCm calls itself cuda
@@ -80,7 +82,7 @@ def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleTy
     packing = backend.packing(device, widths, dtypes)
     return {
         "widths": widths,
-        "convert": packing is None and dtypes != {torch.float32},
+        "convert": packing is None and converts(device, dtypes),
         "packing": packing,
         "cached": device.type == "cpu",
         "temporaries": backend.needs_temporaries(device, measures),
@@ -98,6 +100,48 @@ def make_plan(
     sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, measures, backend)
     return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
+
+
+def scalar(
+    rows: Rows,
+    task: Task,
+    combine: Callable[[RowValues], Tensor],
+    backend: ModuleType,
+    memory_budget: int,
+) -> tuple[Tensor, RowValues]:
+    """The loss of a task, tied to the student's inputs, and the per-row values: by *retain*, or by
+    *recompute* where kernels make it cheaper."""
+    if streams(task, backend):
+        job = make_job(
+            task.student,
+            task.teacher,
+            shared_measure(task),
+            task.targets,
+            (1 / task.inv_tau, 1 / task.teacher_inv_tau),
+            backend,
+            memory_budget,
+            entropy=True,
+        )
+        loss, *values = Streamed.apply(job, task, combine, *rows.inputs)
+        return loss, RowValues(*values)
+    return retain(rows, Sweep(task, backend), combine)
+
+
+def streams(task: Task, backend: ModuleType) -> bool:
+    """Whether *recompute* serves a scalar loss: chosen by cost."""
+    student, rows = task.student, len(task.student.hidden)
+    widths = tuple(s.head.width for s in (student, task.teacher) if s is not None)
+    return (
+        backend.fuses(student.hidden.device)
+        and streamable(task)
+        and prefers_recompute(
+            rows,
+            student.head.vocab_size,
+            widths,
+            student.hidden.element_size(),
+            even(rows, task.plan.chunk_rows),
+        )
+    )
 
 
 def retain(rows: Rows, *arguments: object) -> tuple[Tensor, RowValues]:
@@ -118,14 +162,31 @@ def row_wise(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(N,) divergence, log_prob, entropy and teacher_entropy; all but the last differentiable."""
-    checks.budget(memory_budget)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-    sides = [side for side in (learner, guide) if side is not None]
+    job = make_job(
+        learner, guide, measure, targets, temperatures, backend, memory_budget, entropy=entropy
+    )
+    return RowWise.apply(job, *student.inputs)
+
+
+def make_job(
+    student: Side,
+    teacher: Side | None,
+    measure: Measure | None,
+    targets: Tensor | None,
+    temperatures: tuple[float, float],
+    backend: ModuleType,
+    memory_budget: int,
+    *,
+    entropy: bool,
+) -> Job:
+    checks.budget(memory_budget)
+    sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, [measure], backend)
-    block, tile_rows = plan_block(len(learner.hidden), budget=memory_budget, **layout)
-    job = Job(
-        student=learner,
-        teacher=guide,
+    block, tile_rows = plan_block(len(student.hidden), budget=memory_budget, **layout)
+    return Job(
+        student=student,
+        teacher=teacher,
         targets=targets,
         measure=measure,
         entropy=entropy,
@@ -134,13 +195,12 @@ def row_wise(
         block=block,
         tile_rows=tile_rows,
         row_plan=(
-            make_plan(learner, guide, [measure], backend, memory_budget)
+            make_plan(student, teacher, [measure], backend, memory_budget)
             if measure is not None and measure.adaptive
             else None
         ),
         backend=backend,
     )
-    return RowWise.apply(job, *student.inputs)
 
 
 def log_prob(

@@ -9,7 +9,8 @@ forward pass is one over chunks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from dudi_kernels.divergences import Chain, Measure
 from dudi_kernels.plan import Plan
 from dudi_kernels.sweep import (
     Needs,
+    RowValues,
     Side,
     Span,
     Sweep,
@@ -252,6 +254,78 @@ class RowWise(torch.autograd.Function):
             job = job._replace(measure=None, teacher=None)
         with no_autocast(job.student.hidden.device):
             return None, *_gradients(job, state, needs, inputs)
+
+
+def shared_measure(task: Task) -> Measure | None:
+    """The divergence of all rows that have any, or None where they differ or there is none."""
+    measures = {span.measure for span in task.spans}
+    return measures.pop() if len(measures) == 1 else None
+
+
+def streamable(task: Task) -> bool:
+    """Whether `Streamed` can serve a scalar loss."""
+    measure = shared_measure(task)
+    return not task.spans or (measure is not None and not measure.adaptive)
+
+
+class Streamed(torch.autograd.Function):
+    """A scalar from per-row values, whose gradients are made in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        job: Job,
+        task: Task,
+        combine: Callable[[RowValues], Tensor],  # the loss
+        *inputs: Tensor | None,  # in the order of Needs
+    ) -> tuple[Tensor, ...]:
+        with no_autocast(task.weight.device):
+            state = _forward(job)
+            values = _values(state, task)
+            loss = combine(values)
+        state.coefficient = _coefficient(task, values)
+        others = () if job.teacher is None else inputs_of(job.teacher)
+        ctx.save_for_backward(*inputs, *others)  # a change in between is an error
+        ctx.job, ctx.state, ctx.weight = job, state, task.weight
+        ctx.mark_non_differentiable(*values)
+        ctx.set_materialize_grads(False)
+        return loss, *values
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        job, needs = ctx.job, Needs(*ctx.needs_input_grad[3:])
+        if grad is None:
+            return (None,) * (3 + len(needs))
+        state = replace(ctx.state, weight=ctx.weight * grad)
+        if state.coefficient is not None:
+            state.coefficient = state.coefficient * grad
+        with no_autocast(grad.device):
+            gradients = _gradients(job, state, needs, ctx.saved_tensors[: len(needs)])
+        return None, None, None, *gradients
+
+
+def _values(state: RowState, task: Task) -> RowValues:
+    """As those of a *retain* sweep: rows outside of the spans have no divergence."""
+    taught = torch.zeros_like(state.divergence, dtype=torch.bool)
+    for span in task.spans:
+        taught[span.start : span.stop] = True
+    return RowValues(
+        torch.where(taught, state.divergence, 0),
+        state.log_prob if task.targets is not None else torch.zeros_like(state.divergence),
+        state.entropy,
+        torch.where(taught, state.teacher_entropy, 0),
+        state.teacher_log_prob if task.targets is not None else torch.zeros_like(state.divergence),
+    )
+
+
+def _coefficient(task: Task, values: RowValues) -> Tensor | None:
+    """d loss / d log_prob of each row."""
+    if task.coefficients is None:
+        return task.coefficient
+    teacher = values.teacher_log_prob if task.teacher_log_prob else None
+    own = task.coefficients(0, len(values.log_prob), values.log_prob, teacher)
+    return own if task.coefficient is None else task.coefficient + own
 
 
 def _gradients(

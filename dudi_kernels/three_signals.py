@@ -25,11 +25,11 @@ from dudi_kernels.prepare import (
     as_side,
     make_plan,
     pick_backend,
-    retain,
+    scalar,
     wanted_gradients,
     with_low,
 )
-from dudi_kernels.sweep import Chunk, RowValues, Span, Sweep, Task, chunks, even
+from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks, even
 
 Reference = Tensor | str | None
 Denominator = float | Tensor | None
@@ -207,7 +207,7 @@ def linear_dudi_loss(
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
     task = signals.task(student, teacher, flat, measures, temperatures, engine, memory_budget)
-    loss, values = retain(student, Sweep(task, engine), signals.combine)
+    loss, values = scalar(student, task, signals.combine, engine, memory_budget)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
     return DuDiLoss(loss, *signals.parts, *(v.view(student.shape) for v in per_row))
 

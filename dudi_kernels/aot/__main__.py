@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dudi_kernels.aot import roofline
 from dudi_kernels.aot.targets import GPUS, ROWS, SHAPES, Gpu, Shape
 from dudi_kernels.divergences import DIVERGENCES
 
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
     found.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     found.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    found.add_argument("--roofline", action="store_true", help="the costs on paper, and no more")
     found.add_argument("--json", type=Path, metavar="FILE", help="all of it")
     return found
 
@@ -110,6 +112,9 @@ def _line(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if arguments.roofline:
+        print(roofline.table())
+        return 0
     if os.environ.pop("TRITON_INTERPRET", None) == "1":
         print("TRITON_INTERPRET is ignored", file=sys.stderr)
     print(COLUMNS.format(*HEADER))

@@ -26,6 +26,14 @@ def _gemm_dtype(hidden: Tensor, backward: bool) -> torch.dtype:
     return hidden.dtype if native_mm and hidden.dtype == half else torch.float32
 
 
+def converts(device: torch.device, dtypes: set[torch.dtype]) -> bool:
+    """Whether blocks of a head, or of the logits' gradient, are converted for their GEMM."""
+    if len(dtypes) > 1:
+        return True
+    example = torch.empty(0, dtype=next(iter(dtypes)), device=device)
+    return any(_gemm_dtype(example, backward) != example.dtype for backward in (False, True))
+
+
 def gradient_dtype(hidden: Tensor) -> torch.dtype:
     """Of the gradient of logits that go into `accumulate`."""
     return _gemm_dtype(hidden, backward=True)

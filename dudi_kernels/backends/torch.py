@@ -26,7 +26,7 @@ from dudi_kernels.tiles import (
     smooth_mask,
 )
 
-__all__ = ["Stream", "accumulate", "needs_temporaries", "packing", "project", "steps"]
+__all__ = ["Stream", "accumulate", "fuses", "needs_temporaries", "packing", "project", "steps"]
 
 # ---- element-wise steps --------------------------------------------------------------------------
 
@@ -35,6 +35,11 @@ def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> b
     """Whether `steps` holds temporaries of a tile; the compiled steps don't, but for the likelier
     tokens of one row a thread where a divergence is adaptive."""
     return not native.takes(device, measures)
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether projections are made in the kernels, so that *recompute* stores no logits."""
+    return False
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:

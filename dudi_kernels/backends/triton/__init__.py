@@ -21,7 +21,16 @@ from dudi_kernels.recompute import Job
 from dudi_kernels.sweep import Side, chunks
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile
 
-__all__ = ["Stream", "accumulate", "needs_temporaries", "packing", "project", "serves", "steps"]
+__all__ = [
+    "Stream",
+    "accumulate",
+    "fuses",
+    "needs_temporaries",
+    "packing",
+    "project",
+    "serves",
+    "steps",
+]
 
 KINDS = ("cuda", "xpu")  # ROCm calls itself cuda
 
@@ -34,6 +43,11 @@ def serves(device: torch.device) -> bool:
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
     """Whether `steps` holds temporaries of a tile: where a divergence is adaptive."""
     return any(measure is not None and measure.adaptive for measure in measures)
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether projections are made in the kernels, so that *recompute* stores no logits."""
+    return True
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
