@@ -65,6 +65,7 @@ def _compiled(
                 seen[key] = {
                     "kernel": launch.kernel,
                     "projects": fused,
+                    "descriptors": bool(launch.arguments.get("DESCRIPTORS")),
                     "blocks": launch.blocks._asdict(),
                     **found._asdict(),
                     "instructions": dict(counts),

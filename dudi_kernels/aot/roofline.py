@@ -36,7 +36,10 @@ def costs(gpu: Gpu, shape: Shape, rows: int) -> dict[str, Cost]:
     v, d, e = shape
     student, teacher = 2.0 * rows * v * d, 2.0 * rows * v * e
     logits, heads = rows * v, v * (d + e) * HALF
-    chunk = even(rows, plan_retain(v, (d, e), True, DEFAULT_BUDGET, cached=False).chunk_rows)
+    chunk = even(
+        rows,
+        plan_retain(v, (d, e), False, DEFAULT_BUDGET, cached=False, temporaries=False).chunk_rows,
+    )
     sweeps = -(-rows // chunk)
     # heads, the student's once more, and its gradient in fp32 read and written
     each = heads + v * d * (HALF + 2 * FP32)

@@ -29,7 +29,7 @@ from dudi_kernels.backends.triton.elements import (
     terms_of,
 )
 
-UPCAST = tl.constexpr(INTERPRETED)  # its products of bf16 are wrong; those of fp32 are the same
+UPCAST = tl.constexpr(INTERPRETED)  # products of bf16 are wrong there; a CPU's GEMMs are in fp32
 
 # Rows of the partial results of `statistics`, for each side.
 TOP = tl.constexpr(0)
@@ -64,9 +64,10 @@ def product(
     if DESCRIPTORS:
         for k in range(0, width, BLOCK_D):
             left = a.load([row, k])
-            right = b.load([column, k]).to(left.dtype)
+            right = b.load([column, k])
             if UPCAST:
-                left, right = left.to(tl.float32), right.to(tl.float32)
+                left = left.to(tl.float32)
+            right = right.to(left.dtype)
             acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
     else:
         i = row + tl.arange(0, BLOCK_N)
@@ -78,9 +79,9 @@ def product(
             inside = d < width - k
             left = tl.load(left_at, mask=(i < rows)[:, None] & inside[None, :], other=0.0)
             right = tl.load(right_at, mask=(j < columns)[None, :] & inside[:, None], other=0.0)
-            right = right.to(left.dtype)
             if UPCAST:
-                left, right = left.to(tl.float32), right.to(tl.float32)
+                left = left.to(tl.float32)
+            right = right.to(left.dtype)
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
             left_at += BLOCK_D
             right_at += BLOCK_D

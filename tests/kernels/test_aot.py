@@ -1,0 +1,94 @@
+"""The Triton kernels as GPUs would run them, compiled ahead of time: machine code and limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dudi_kernels.aot import machine_code, roofline
+from dudi_kernels.aot.targets import GPUS
+
+QWEN = "Qwen2.5 0.5B from 3B"
+LEAST = {"sm_80": 0.60, "sm_90": 0.70}  # of the tensor cores' use by `statistics`, at the most
+
+
+@pytest.fixture(autouse=True)
+def _steps() -> None:
+    """Neither the compiled steps nor the plain ones."""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of another process: here the kernels are interpreted."""
+    file = tmp_path_factory.mktemp("aot") / "aot.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dudi_kernels.aot", "--json", str(file), "--shape", QWEN]
+    command += ["--dtype", "bf16", "--divergence", "forward_kl", "jsd"]
+    command += ["--target", "sm_80", "sm_90", "sm_100", "gfx942"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(file.read_text())
+
+
+def of(reports, **wanted):
+    found = [r for r in reports if all(r[k] == v for k, v in wanted.items())]
+    assert found
+    return found
+
+
+def test_nothing_spills_and_everything_fits(reports):
+    for report in reports:
+        gpu = GPUS[report["target"]]
+        assert report["spilled"] == 0 and report["refused"] == []
+        assert report["instructions"].get("local", 0) == 0
+        assert report["shared"] <= gpu.shared
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_projections_run_on_tensor_cores(reports, target):
+    for kernel in ("statistics", "sums", "gradient"):
+        for report in of(reports, target=target, kernel=kernel, projects=True):
+            assert report["instructions"]["mma"] > 0
+    for report in of(reports, target=target, kernel="gradient", projects=False):
+        assert report["instructions"].get("mma", 0) == 0
+
+
+@pytest.mark.parametrize("target", LEAST)
+def test_the_bound_of_the_forward_kernel(reports, target):
+    wanted = {"kernel": "statistics", "projects": True, "divergence": "forward_kl"}
+    (report,) = of(reports, target=target, **wanted)
+    assert LEAST[target] <= report["bounds"][QWEN]["use"] <= 1
+
+
+def test_the_kernels_load_by_descriptors_where_the_target_has_them(reports):
+    for target, least in (("sm_90", True), ("sm_80", False)):
+        (report,) = of(reports, target=target, kernel="statistics", projects=True, divergence="jsd")
+        assert report["descriptors"] is least
+
+
+def test_loops_are_found_by_backward_branches():
+    text = """
+        /*0000*/  MOV R1, R2 ;
+        /*0010*/  HMMA.16816 R4, R5, R6, R4 ;
+        /*0020*/  @P0 BRA 0x10 ;
+        /*0030*/  MUFU.EX2 R1, R2 ;
+        /*0040*/  @P1 BRA 0x0 ;
+        /*0050*/  EXIT ;
+        /*0060*/  BRA 0x20 ;
+    """
+    code = machine_code._nvidia(text)
+    assert machine_code.loops(code) == [machine_code.Loop(0, 0x40), machine_code.Loop(0x10, 0x20)]
+    counts = machine_code.by_class(code, GPUS["sm_80"])
+    assert counts["mma"] == 1 and counts["special"] == 1 and counts["control"] == 4
+
+
+def test_peaks_are_the_published_ones():
+    published = {"sm_80": 312e12, "sm_90": 989e12, "sm_100": 2250e12, "gfx942": 1307e12}
+    for target, peak in published.items():
+        assert roofline.peak(GPUS[target]) == pytest.approx(peak, rel=0.01)
