@@ -14,7 +14,7 @@ from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
-from dudi_kernels.recompute import Job, RowWise, Streamed, shared_measure, streamable
+from dudi_kernels.recompute import Job, Part, RowWise, Streamed
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even
 
 BACKENDS = ("auto", "torch", "triton")
@@ -111,36 +111,64 @@ def scalar(
 ) -> tuple[Tensor, RowValues]:
     """The loss of a task, tied to the student's inputs, and the per-row values: by *retain*, or by
     *recompute* where kernels make it cheaper."""
-    if streams(task, backend):
-        job = make_job(
-            task.student,
-            task.teacher,
-            shared_measure(task),
-            task.targets,
-            (1 / task.inv_tau, 1 / task.teacher_inv_tau),
-            backend,
-            memory_budget,
-            entropy=True,
-        )
-        loss, *values = Streamed.apply(job, task, combine, *rows.inputs)
-        return loss, RowValues(*values)
-    return retain(rows, Sweep(task, backend), combine)
+    if not streams(task, backend):
+        return retain(rows, Sweep(task, backend), combine)
+    parts = [
+        Part(index, _part_job(task, measure, index, backend, memory_budget))
+        for measure, index in _shared(task)
+    ]
+    loss, *values = Streamed.apply(parts, task, combine, *rows.inputs)
+    return loss, RowValues(*values)
 
 
 def streams(task: Task, backend: ModuleType) -> bool:
     """Whether *recompute* serves a scalar loss: chosen by cost."""
     student, rows = task.student, len(task.student.hidden)
-    widths = tuple(s.head.width for s in (student, task.teacher) if s is not None)
-    return (
-        backend.fuses(student.hidden.device)
-        and streamable(task)
-        and prefers_recompute(
-            rows,
-            student.head.vocab_size,
-            widths,
-            student.hidden.element_size(),
-            even(rows, task.plan.chunk_rows),
-        )
+    if not backend.fuses(student.hidden.device) or any(s.measure.adaptive for s in task.spans):
+        return False
+    return prefers_recompute(
+        rows,
+        student.head.vocab_size,
+        tuple(side.head.width for side in (student, task.teacher) if side is not None),
+        student.hidden.element_size(),
+        even(rows, task.plan.chunk_rows),
+    )
+
+
+def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
+    """Each divergence (None: none) and the rows that have it; None: all rows."""
+    rows, device = len(task.student.hidden), task.weight.device
+    own: dict[Measure | None, list[Tensor]] = {}
+    position = 0
+    for span in [*task.spans, None]:
+        start = rows if span is None else span.start
+        if position < start:
+            own.setdefault(None, []).append(torch.arange(position, start, device=device))
+        if span is not None:
+            found = torch.arange(span.start, span.stop, device=device)
+            own.setdefault(span.measure, []).append(found)
+            position = span.stop
+    if len(own) < 2:
+        return [(next(iter(own), None), None)]
+    return [(measure, torch.cat(pieces)) for measure, pieces in own.items()]
+
+
+def _part_job(
+    task: Task,
+    measure: Measure | None,
+    index: Tensor | None,
+    backend: ModuleType,
+    memory_budget: int,
+) -> Job:
+    student, targets = task.student, task.targets
+    teacher = task.teacher if measure is not None or task.teacher_log_prob else None
+    if index is not None:
+        student = student.pick(index)
+        teacher = None if teacher is None else teacher.pick(index)
+        targets = None if targets is None else targets.index_select(0, index)
+    temperatures = 1 / task.inv_tau, 1 / task.teacher_inv_tau
+    return make_job(
+        student, teacher, measure, targets, temperatures, backend, memory_budget, entropy=True
     )
 
 

@@ -256,16 +256,17 @@ class RowWise(torch.autograd.Function):
             return None, *_gradients(job, state, needs, inputs)
 
 
-def shared_measure(task: Task) -> Measure | None:
-    """The divergence of all rows that have any, or None where they differ or there is none."""
-    measures = {span.measure for span in task.spans}
-    return measures.pop() if len(measures) == 1 else None
+class Part(NamedTuple):
+    """Rows of a scalar loss that share a divergence, or have none."""
 
+    index: Tensor | None  # (R,) which rows; None: all
+    job: Job
 
-def streamable(task: Task) -> bool:
-    """Whether `Streamed` can serve a scalar loss."""
-    measure = shared_measure(task)
-    return not task.spans or (measure is not None and not measure.adaptive)
+    def pick(self, values: Tensor) -> Tensor:
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def put(self, whole: Tensor, own: Tensor) -> Tensor:
+        return own if self.index is None else whole.index_copy_(0, self.index, own.to(whole.dtype))
 
 
 class Streamed(torch.autograd.Function):
@@ -274,19 +275,19 @@ class Streamed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        job: Job,
+        parts: list[Part],
         task: Task,
         combine: Callable[[RowValues], Tensor],  # the loss
         *inputs: Tensor | None,  # in the order of Needs
     ) -> tuple[Tensor, ...]:
         with no_autocast(task.weight.device):
-            state = _forward(job)
-            values = _values(state, task)
+            states = [_forward(part.job) for part in parts]
+            values = _together(parts, states, task)
             loss = combine(values)
-        state.coefficient = _coefficient(task, values)
-        others = () if job.teacher is None else inputs_of(job.teacher)
+        ctx.parts, ctx.states = parts, states
+        ctx.weight, ctx.coefficient = task.weight, _coefficient(task, values)
+        others = () if task.teacher is None else inputs_of(task.teacher)
         ctx.save_for_backward(*inputs, *others)  # a change in between is an error
-        ctx.job, ctx.state, ctx.weight = job, state, task.weight
         ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
         return loss, *values
@@ -294,29 +295,52 @@ class Streamed(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        job, needs = ctx.job, Needs(*ctx.needs_input_grad[3:])
+        needs = Needs(*ctx.needs_input_grad[3:])
+        inputs = ctx.saved_tensors[: len(needs)]
+        sums: list[Tensor | None] = [None] * len(needs)
         if grad is None:
-            return (None,) * (3 + len(needs))
-        state = replace(ctx.state, weight=ctx.weight * grad)
-        if state.coefficient is not None:
-            state.coefficient = state.coefficient * grad
-        with no_autocast(grad.device):
-            gradients = _gradients(job, state, needs, ctx.saved_tensors[: len(needs)])
-        return None, None, None, *gradients
+            return (None, None, None, *sums)
+        for part, state in zip(ctx.parts, ctx.states, strict=True):
+            coefficient = None if ctx.coefficient is None else part.pick(ctx.coefficient) * grad
+            own = replace(state, weight=part.pick(ctx.weight) * grad, coefficient=coefficient)
+            with no_autocast(grad.device):
+                found = _gradients(part.job, own, needs, _inputs_of_part(part, inputs))
+            for i, (name, gradient) in enumerate(zip(Needs._fields, found, strict=True)):
+                if gradient is None:
+                    continue
+                if name in OF_ROWS and part.index is not None:
+                    whole = torch.zeros_like(inputs[i]) if sums[i] is None else sums[i]
+                    sums[i] = part.put(whole, gradient)
+                else:
+                    sums[i] = gradient if sums[i] is None else sums[i].add_(gradient)
+        return (None, None, None, *sums)
 
 
-def _values(state: RowState, task: Task) -> RowValues:
-    """As those of a *retain* sweep: rows outside of the spans have no divergence."""
-    taught = torch.zeros_like(state.divergence, dtype=torch.bool)
-    for span in task.spans:
-        taught[span.start : span.stop] = True
-    return RowValues(
-        torch.where(taught, state.divergence, 0),
-        state.log_prob if task.targets is not None else torch.zeros_like(state.divergence),
-        state.entropy,
-        torch.where(taught, state.teacher_entropy, 0),
-        state.teacher_log_prob if task.targets is not None else torch.zeros_like(state.divergence),
+OF_ROWS = ("hidden", "low")
+
+
+def _inputs_of_part(part: Part, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(
+        tensor if tensor is None or name not in OF_ROWS else part.pick(tensor)
+        for name, tensor in zip(Needs._fields, inputs, strict=True)
     )
+
+
+def _together(parts: list[Part], states: list[RowState], task: Task) -> RowValues:
+    """As those of a *retain* sweep, in the order of the rows."""
+    whole = RowValues(*(torch.zeros_like(task.weight) for _ in RowValues._fields))
+    for part, state in zip(parts, states, strict=True):
+        zeros = torch.zeros_like(state.divergence)
+        targets, taught = task.targets is not None, part.job.measure is not None
+        own = RowValues(
+            state.divergence,
+            state.log_prob if targets else zeros,
+            state.entropy,
+            state.teacher_entropy if taught else zeros,
+            state.teacher_log_prob if targets and part.job.teacher is not None else zeros,
+        )
+        whole = RowValues(*(part.put(a, b) for a, b in zip(whole, own, strict=True)))
+    return whole
 
 
 def _coefficient(task: Task, values: RowValues) -> Tensor | None:

@@ -37,6 +37,10 @@ class Side(NamedTuple):
         low = None if self.low is None else self.low[start:stop]
         return Side(self.hidden[start:stop], self.head, low)
 
+    def pick(self, index: Tensor) -> Side:
+        low = None if self.low is None else self.low.index_select(0, index)
+        return Side(self.hidden.index_select(0, index), self.head, low)
+
     def part(self, start: int, stop: int) -> Side:
         """Rows [start, stop) of the vocabulary."""
         return self._replace(head=self.head.part(start, stop))

@@ -1,0 +1,122 @@
+"""What only the Triton backend has: splits, descriptors, wide strides, and where it can't run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import error, make_side, make_targets
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dudi_kernels import linear_distill
+from dudi_kernels.backends.triton import launch
+from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
+from dudi_kernels.divergences import DIVERGENCES
+from dudi_kernels.tiles import RowState, Setting
+
+ROWS, VOCAB, WIDTH = 70, 2500, 32
+
+
+@pytest.fixture(autouse=True)
+def _steps() -> None:
+    """Neither the compiled steps nor the plain ones."""
+
+
+def per_row(dtype=torch.float32, **settings):
+    """Values and gradients of `linear_distill`."""
+    student, teacher = make_side(ROWS, VOCAB, WIDTH, dtype), make_side(ROWS, VOCAB, 48, dtype)
+    targets = make_targets(ROWS, VOCAB)
+    got = linear_distill(
+        student.hidden,
+        student.head,
+        teacher.hidden,
+        teacher.head,
+        targets=targets,
+        backend="triton",
+        **settings,
+    )
+    (got.divergence.sum() + got.log_prob.sum() + got.entropy.sum()).backward()
+    return [*got, *(t.grad for t in student.inputs)]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "skew_forward_kl"])
+def test_splits_of_the_vocabulary(divergence, monkeypatch):
+    """Each tile its own program, or one program for all: equal but for rounding."""
+    found = []
+    for waves in (1, 1000):
+        monkeypatch.setattr(launch, "WAVES", waves)
+        found.append(per_row(divergence=divergence))
+        again = per_row(divergence=divergence)
+        assert all(torch.equal(a, b) for a, b in zip(found[-1], again, strict=True))
+    assert launch.splits(3, 100, 1) == (100, 1)
+    assert all(error(a, b) <= 1e-6 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_descriptors_load_what_pointers_load(dtype, monkeypatch):
+    if launch.TensorDescriptor is None:
+        pytest.skip("this Triton has no tensor descriptors")
+    plain, made = per_row(dtype, divergence="jsd"), []
+    real = launch.TensorDescriptor.from_tensor
+
+    def describe(tensor, shape):
+        made.append(shape)
+        return real(tensor, shape)
+
+    monkeypatch.setattr(launch, "wants_descriptors", lambda target: True)
+    monkeypatch.setattr(launch.TensorDescriptor, "from_tensor", describe)
+    described = per_row(dtype, divergence="jsd")
+    assert made and all(torch.equal(a, b) for a, b in zip(described, plain, strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    """The third row of logits starts 2^31 elements after the first; nothing else is touched."""
+    rows, vocab, stride = 3, 40, 2**30
+    small = [torch.randn(rows, vocab) for _ in range(2)]
+    wide = [torch.empty(2 * stride + vocab) for _ in range(2)]
+    views = [w.as_strided((rows, vocab), (stride, 1)) for w in wide]
+    for view, values in zip(views, small, strict=True):
+        view.copy_(values)
+    measure = DIVERGENCES["forward_kl"].measure(0.5, 0.5)
+    results = []
+    for student, teacher in (small, views):
+        state = RowState.fresh(torch.ones(rows))
+        setting = Setting(vocab, None, 1.0, 1.0, None, 1.0, False, 1)
+        sides = Sides(Source(None, 1.0, logits=student), Source(None, 1.0, logits=teacher))
+        own = Launcher(setting, state, sides, rows, vocab)
+        own.statistics(True, True, measure, True)
+        own.gradient(measure, student)
+        results.append((state.divergence, student.clone()))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
+def test_asking_for_triton_where_it_cannot_run():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = (
+        "import torch, dudi_kernels as k\n"
+        "h, w, y = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1])\n"
+        "k.linear_cross_entropy(h, w, y)\n"
+        "k.linear_cross_entropy(h, w, y, backend='triton')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    wanted = (
+        "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first import)"
+    )
+    assert wanted in run.stderr and "got cpu" in run.stderr
+
+
+def test_precision_follows_torch():
+    assert launch.precision(torch.bfloat16) == "ieee"
+    assert launch.precision(torch.float32) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launch.precision(torch.float32) == "tf32x3"
+    finally:
+        torch.set_float32_matmul_precision("highest")
