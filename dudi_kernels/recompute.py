@@ -259,14 +259,14 @@ class RowWise(torch.autograd.Function):
 class Part(NamedTuple):
     """Rows of a scalar loss that share a divergence, or have none."""
 
-    index: Tensor | None  # (R,) which rows; None: all
+    rows: Tensor | None  # (R,) which rows; None: all
     job: Job
 
     def pick(self, values: Tensor) -> Tensor:
-        return values if self.index is None else values.index_select(0, self.index)
+        return values if self.rows is None else values.index_select(0, self.rows)
 
     def put(self, whole: Tensor, own: Tensor) -> Tensor:
-        return own if self.index is None else whole.index_copy_(0, self.index, own.to(whole.dtype))
+        return own if self.rows is None else whole.index_copy_(0, self.rows, own.to(whole.dtype))
 
 
 class Streamed(torch.autograd.Function):
@@ -308,11 +308,12 @@ class Streamed(torch.autograd.Function):
             for i, (name, gradient) in enumerate(zip(Needs._fields, found, strict=True)):
                 if gradient is None:
                     continue
-                if name in OF_ROWS and part.index is not None:
+                if name in OF_ROWS and part.rows is not None:
                     whole = torch.zeros_like(inputs[i]) if sums[i] is None else sums[i]
                     sums[i] = part.put(whole, gradient)
                 else:
-                    sums[i] = gradient if sums[i] is None else sums[i].add_(gradient)
+                    older = sums[i]
+                    sums[i] = gradient if older is None else older.add_(gradient)
         return (None, None, None, *sums)
 
 
