@@ -16,7 +16,7 @@ from dudi_kernels.plan import (
     plan_block,
     plan_retain,
 )
-from dudi_kernels.prepare import pick_backend
+from dudi_kernels.prepare import layout, pick_backend
 from dudi_kernels.sweep import even
 
 
@@ -71,18 +71,13 @@ def plan_memory(
     widths = (width,) if teacher_width is None else (width, teacher_width)
     place = torch.device(device)
     module = pick_backend(backend, place)
-    packing = module.packing(place, widths, {dtype})
-    settings = {
-        "packing": packing,
-        "cached": place.type == "cpu",
-        "temporaries": module.needs_temporaries(place, [measure]),
-    }
-    convert = packing is None and dtype != torch.float32
+    settings = layout(place, widths, {dtype}, [measure], module)
+    convert, packing = settings["convert"], settings["packing"]
     call = _Call(
         rows, vocab_size, widths, dtype.itemsize, convert, packing, train_hidden, train_weight
     )
     if per_row:
-        block, tile_rows = plan_block(rows, widths, convert, memory_budget, **settings)
+        block, tile_rows = plan_block(rows, budget=memory_budget, **settings)
         once = teacher_width is None or measure.chain is not None or measure.adaptive
         by_block = _recompute(call, block, tile_rows * settings["temporaries"], 1 if once else 2)
         if teacher_width is None or not measure.adaptive:
@@ -91,7 +86,7 @@ def plan_memory(
         return by_block._replace(
             workspace=max(by_block.workspace, by_row), peak=max(by_block.peak, by_row)
         )
-    plan = plan_retain(vocab_size, widths, convert, memory_budget, **settings)
+    plan = plan_retain(vocab_size, budget=memory_budget, **settings)
     return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
 
 
@@ -162,7 +157,7 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
 
 def _without_gradients(call: _Call, settings: dict[str, Any], budget: int) -> int:
     """Workspace of a *retain* sweep that makes values alone."""
-    plan = plan_retain(call.vocab_size, call.widths, call.convert, budget, **settings)
+    plan = plan_retain(call.vocab_size, budget=budget, **settings)
     quiet = call._replace(train_hidden=False, train_weight=False)
     tile_rows = plan.tile_rows * settings["temporaries"]
     return _retain(quiet, even(call.rows, plan.chunk_rows), tile_rows).workspace

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +17,34 @@ from dudi_kernels.checks import Rows
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
-from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even
+from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even, runs
 
 BACKENDS = ("auto", "torch", "triton")
 GPUS = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def pick_backend(name: str, device: torch.device) -> ModuleType:
     """`auto` is Triton on a GPU where it is installed, and torch elsewhere."""
     checks.one_of("backend", name, BACKENDS)
-    installed = importlib.util.find_spec("triton") is not None
-    match name:
-        case "triton" if not installed:
-            raise ValueError("backend='triton' needs the package triton, which is not installed")
-        case "triton":
-            import dudi_kernels.backends.triton as triton_backend
+    if name == "torch" or (name == "auto" and not (device.type in GPUS and _has_triton())):
+        import dudi_kernels.backends.torch as torch_backend
 
-            if not triton_backend.serves(device):
-                raise ValueError(
-                    "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the "
-                    f"first import), got {device}"
-                )
-            return triton_backend
-        case "auto" if installed and device.type in GPUS:
-            import dudi_kernels.backends.triton as triton_backend
+        return torch_backend
+    if not _has_triton():
+        raise ValueError("backend='triton' needs the package triton, which is not installed")
+    import dudi_kernels.backends.triton as triton_backend
 
-            return triton_backend
-        case _:
-            import dudi_kernels.backends.torch as torch_backend
-
-            return torch_backend
+    if not triton_backend.serves(device):
+        raise ValueError(
+            "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first "
+            f"import), got {device}"
+        )
+    return triton_backend
 
 
 def wanted_gradients(rows: Rows) -> Needs:
@@ -75,10 +75,14 @@ def as_side(rows: Rows) -> Side:
     return Side(hidden.to(dtype), rows.head.detach(), low)
 
 
-def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleType) -> dict:
-    """What a plan must know of the GEMMs and steps of these sides."""
-    device, widths = sides[0].hidden.device, tuple(side.head.width for side in sides)
-    dtypes = {t.dtype for side in sides for t in (side.hidden, side.head.weight)}
+def layout(
+    device: torch.device,
+    widths: tuple[int, ...],
+    dtypes: set[torch.dtype],  # of hidden states and weights
+    measures: list[Measure | None],
+    backend: ModuleType,
+) -> dict[str, Any]:
+    """What a plan must know of GEMMs and steps."""
     packing = backend.packing(device, widths, dtypes)
     return {
         "widths": widths,
@@ -87,6 +91,12 @@ def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleTy
         "cached": device.type == "cpu",
         "temporaries": backend.needs_temporaries(device, measures),
     }
+
+
+def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleType) -> dict:
+    dtypes = {t.dtype for side in sides for t in (side.hidden, side.head.weight)}
+    widths = tuple(side.head.width for side in sides)
+    return layout(sides[0].hidden.device, widths, dtypes, measures, backend)
 
 
 def make_plan(
@@ -137,20 +147,12 @@ def streams(task: Task, backend: ModuleType) -> bool:
 
 def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
     """Each divergence (None: none) and the rows that have it; None: all rows."""
-    rows, device = len(task.student.hidden), task.weight.device
     own: dict[Measure | None, list[Tensor]] = {}
-    position = 0
-    for span in [*task.spans, None]:
-        start = rows if span is None else span.start
-        if position < start:
-            own.setdefault(None, []).append(torch.arange(position, start, device=device))
-        if span is not None:
-            found = torch.arange(span.start, span.stop, device=device)
-            own.setdefault(span.measure, []).append(found)
-            position = span.stop
+    for start, stop, measure in runs(task.spans, 0, len(task.weight)):
+        own.setdefault(measure, []).append(torch.arange(start, stop))
     if len(own) < 2:
         return [(next(iter(own), None), None)]
-    return [(measure, torch.cat(pieces)) for measure, pieces in own.items()]
+    return [(measure, torch.cat(rows).to(task.weight.device)) for measure, rows in own.items()]
 
 
 def _part_job(

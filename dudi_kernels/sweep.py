@@ -141,6 +141,19 @@ def even(rows: int, size: int) -> int:
     return tiled if step < rows and tiled <= size else step
 
 
+def runs(spans: Sequence[Span], start: int, stop: int) -> list[tuple[int, int, Measure | None]]:
+    """[start, stop) in runs of one divergence each, or of none."""
+    found: list[tuple[int, int, Measure | None]] = []
+    position = start
+    for span in spans:
+        a, b = max(start, span.start), min(stop, span.stop)
+        if a < b:
+            found += [(position, a, None), (a, b, span.measure)]
+            position = b
+    found.append((position, stop, None))
+    return [run for run in found if run[0] < run[1]]
+
+
 class Sweep:
     """Buffers, state and results of one *retain* sweep."""
 
@@ -211,24 +224,12 @@ class Sweep:
 
     # ---- row ranges ------------------------------------------------------------------------------
 
-    def _runs(self, start: int, stop: int) -> list[tuple[int, int, Measure | None]]:
-        """[start, stop) in runs of one divergence each."""
-        runs: list[tuple[int, int, Measure | None]] = []
-        position = start
-        for span in self.task.spans:
-            a, b = max(start, span.start), min(stop, span.stop)
-            if a < b:
-                runs += [(position, a, None), (a, b, span.measure)]
-                position = b
-        runs.append((position, stop, None))
-        return [run for run in runs if run[0] < run[1]]
-
     def _taught(self, start: int, stop: int) -> list[Chunk]:
         """Row ranges whose teacher logits anything reads."""
         if self.task.teacher is None or self.task.teacher_log_prob:
             return [(start, stop)] if self.task.teacher else []
         merged: list[Chunk] = []
-        for a, b, measure in self._runs(start, stop):
+        for a, b, measure in runs(self.task.spans, start, stop):
             if measure is None:
                 continue
             if merged and merged[-1][1] == a:
@@ -259,7 +260,7 @@ class Sweep:
         sums: bool = False,
         gradient: bool = False,
     ) -> None:
-        for a, b, measure in self._runs(start, stop):
+        for a, b, measure in runs(self.task.spans, start, stop):
             local = slice(a - start, b - start)
             logits = self.teacher[local] if self.teacher is not None else None
             read = measure is not None or self.task.teacher_log_prob

@@ -10,24 +10,14 @@ from pathlib import Path
 
 import tiny
 from recipes import recipe
-from transformers import TrainingArguments
 
 
 def main(folder: str, batch_size: int, accumulation: int) -> None:
-    args = TrainingArguments(
-        output_dir=folder,
-        max_steps=3,
+    args = tiny.training_arguments(
+        folder,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        learning_rate=1e-2,
-        optim="sgd",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
     )
     trainer = recipe("DistillTrainer")(
         tiny.model(0), args, train_dataset=tiny.examples(24), teacher=tiny.model(1)

@@ -45,19 +45,8 @@ class DenseTrainer(Trainer):
 def test_trains_to_the_same_weights(tmp_path: Path, accumulation: int) -> None:
     runs = []
     for kind in (DenseTrainer, recipe("DistillTrainer")):
-        args = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            learning_rate=1e-2,
-            optim="sgd",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+        args = tiny.training_arguments(
+            tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation
         )
         model: Any = tiny.model(0)
         trainer = kind(model, args, train_dataset=tiny.examples(), teacher=tiny.model(1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from dudi.config import DuDiConfig
 from dudi.demo_data import data_path, translation_rows
@@ -51,6 +51,23 @@ def examples(count: int = 12) -> list[dict[str, Any]]:
         labels = torch.where((mask == 1) & (torch.arange(12) >= 3), ids, -100)
         rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return rows
+
+
+def training_arguments(output_dir: Any, **settings: Any) -> TrainingArguments:
+    """For a plain Trainer: three steps of SGD."""
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=3,
+        learning_rate=1e-2,
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **settings,
+    )
 
 
 def config(output_dir: Any, **settings: Any) -> DuDiConfig:

@@ -54,12 +54,13 @@ def _compiled(
     from dudi_kernels.aot import compile, machine_code
 
     seen: dict[tuple[str, int], dict[str, Any]] = {}
+    codes: dict[tuple[str, int], list[Any]] = {}
     for name in shapes:
         shape = SHAPES[name]
         for launch in compile.compile_all(gpu, shape, ROWS, DTYPES[dtype], divergence, fused=fused):
             key = launch.kernel, id(launch.compiled)
             if key not in seen:
-                code = machine_code.instructions(launch.compiled, gpu)
+                codes[key] = code = machine_code.instructions(launch.compiled, gpu)
                 found = machine_code.resources(launch.compiled, gpu)
                 counts = machine_code.by_class(code, gpu)
                 seen[key] = {
@@ -71,25 +72,22 @@ def _compiled(
                     "instructions": dict(counts),
                     "bounds": {},
                     "refused": [],
-                    "_code": code,
                 }
             seen[key]["refused"] += compile.limits(launch)
-            if value := _bound(seen[key], launch, gpu, shape, fused):
+            if value := _bound(seen[key], codes[key], launch, gpu, shape, fused):
                 seen[key]["bounds"][name] = value
-    for report in seen.values():
-        del report["_code"]
     return list(seen.values())
 
 
 def _bound(
-    report: dict[str, Any], launch: Any, gpu: Gpu, shape: Shape, fused: bool
+    report: dict[str, Any], code: list[Any], launch: Any, gpu: Gpu, shape: Shape, fused: bool
 ) -> dict[str, float] | None:
     from dudi_kernels.aot import bound, machine_code
 
     if not fused or not report["instructions"].get("mma"):
         return None
     found = machine_code.Resources(*(report[name] for name in machine_code.Resources._fields))
-    value = bound.bound(report["_code"], found, gpu, launch.blocks, shape)
+    value = bound.bound(code, found, gpu, launch.blocks, shape)
     return None if value is None else value._asdict()
 
 

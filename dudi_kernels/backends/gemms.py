@@ -19,24 +19,24 @@ from dudi_kernels.sweep import Gradients, Side
 MM_RETURNS_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8
 
 
-def _gemm_dtype(hidden: Tensor, backward: bool) -> torch.dtype:
+def _gemm_dtype(device: torch.device, dtype: torch.dtype, backward: bool) -> torch.dtype:
     """Half precision only where a GEMM of it returns fp32; its gradients only in bf16."""
-    native_mm = hidden.is_cuda and torch.version.hip is None and MM_RETURNS_FP32
-    half = torch.bfloat16 if backward else hidden.dtype  # fp16 gradients would underflow
-    return hidden.dtype if native_mm and hidden.dtype == half else torch.float32
+    native_mm = device.type == "cuda" and torch.version.hip is None and MM_RETURNS_FP32
+    half = torch.bfloat16 if backward else dtype  # fp16 gradients would underflow
+    return dtype if native_mm and dtype == half else torch.float32
 
 
 def converts(device: torch.device, dtypes: set[torch.dtype]) -> bool:
     """Whether blocks of a head, or of the logits' gradient, are converted for their GEMM."""
     if len(dtypes) > 1:
         return True
-    example = torch.empty(0, dtype=next(iter(dtypes)), device=device)
-    return any(_gemm_dtype(example, backward) != example.dtype for backward in (False, True))
+    (dtype,) = dtypes
+    return any(_gemm_dtype(device, dtype, backward) != dtype for backward in (False, True))
 
 
 def gradient_dtype(hidden: Tensor) -> torch.dtype:
     """Of the gradient of logits that go into `accumulate`."""
-    return _gemm_dtype(hidden, backward=True)
+    return _gemm_dtype(hidden.device, hidden.dtype, backward=True)
 
 
 def _blocks(size: int, whole: bool) -> Iterator[slice]:
@@ -76,7 +76,7 @@ def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32
     split = gemm.takes(side.hidden, head.weight, out)
     if split:
         gemm.project(side.hidden, head.weight, out)
-    dtype = _gemm_dtype(side.hidden, backward=False)
+    dtype = _gemm_dtype(side.hidden.device, side.hidden.dtype, backward=False)
     rows = side.hidden if split else side.hidden.to(dtype)
     for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
         if not split:
@@ -100,7 +100,7 @@ def accumulate(
 ) -> None:
     """The GEMMs of the backward pass, and the bias."""
     head = side.head
-    dtype = _gemm_dtype(side.hidden, backward=True)
+    dtype = _gemm_dtype(side.hidden.device, side.hidden.dtype, backward=True)
     whole = dtype == head.weight.dtype == torch.float32
     split = gemm.takes(grad, side.hidden, head.weight)
     split_hidden = split and (len(grad) >= gemm.FEW_ROWS or not whole)

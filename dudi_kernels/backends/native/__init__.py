@@ -12,9 +12,11 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,9 +126,14 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
     arguments = _arguments(setting, state, tile, wanted)
     threads = min(torch.get_num_threads(), rows, max(1, rows * columns // LEAST))
     bounds = [rows * i // threads for i in range(threads + 1)]
-    own, *others = pairwise(bounds)
-    jobs = [_pool(threads - 1, os.getpid()).submit(loaded.dudi_rows, arguments, *b) for b in others]
-    loaded.dudi_rows(arguments, *own)
+    spread(loaded.dudi_rows, [(arguments, *part) for part in pairwise(bounds)])
+
+
+def spread(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
+    """The first call here, and each other one in a thread of its own."""
+    own, *others = calls
+    jobs = [_pool(len(others), os.getpid()).submit(function, *call) for call in others]
+    function(*own)
     wait(jobs)
 
 

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import os
 import platform
-from concurrent.futures import wait
 
 import torch
 from torch import Tensor
@@ -163,9 +162,4 @@ def _run(role: int, left: Tensor, right: Tensor, out: Tensor, add: bool) -> None
     job.shared = memory.data_ptr()
     job.own = memory.data_ptr() + shared
     for step in (loaded.dudi_gemm_pack, loaded.dudi_gemm):
-        others = [
-            native._pool(threads - 1, os.getpid()).submit(step, job, i, threads)
-            for i in range(1, threads)
-        ]
-        step(job, 0, threads)
-        wait(others)
+        native.spread(step, [(job, i, threads) for i in range(threads)])

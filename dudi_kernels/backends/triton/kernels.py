@@ -325,7 +325,7 @@ def stored_log_sum(log_sum, top, total, at, inside):
 
 @triton.jit(do_not_specialize=["rows", "first_row", "splits"])
 def combine_statistics(
-    partials, targets, s_log_sum, s_tempered_log_sum, s_target, s_entropy, t_log_sum,
+    partials, s_log_sum, s_tempered_log_sum, s_target, s_entropy, t_log_sum,
     t_tempered_log_sum, t_target, t_entropy, divergence, g_sum, poles, rows, first_row, splits,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     MOMENTS: tl.constexpr,  # entropies, and with a CHAIN the divergence, of whole rows
@@ -492,7 +492,7 @@ def add_to(target, values, FIELD: tl.constexpr, field_stride, rows, splits, i, a
 
 @triton.jit(do_not_specialize=["rows", "first_row", "splits"])
 def combine_sums(
-    partials, divergence, g_sum, entropy, t_entropy, poles, rows, first_row, splits,
+    partials, divergence, g_sum, s_entropy, t_entropy, poles, rows, first_row, splits,
     TAUGHT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """From the splits' sums to the state of the rows."""
@@ -500,7 +500,7 @@ def combine_sums(
     inside = i < rows
     at = first_row + i
     field_stride = splits.to(tl.int64) * rows
-    add_to(entropy, partials, ENTROPY, field_stride, rows, splits, i, at, inside)
+    add_to(s_entropy, partials, ENTROPY, field_stride, rows, splits, i, at, inside)
     if TAUGHT:
         add_to(divergence, partials, DIVERGENCE, field_stride, rows, splits, i, at, inside)
         add_to(g_sum, partials, G_SUM, field_stride, rows, splits, i, at, inside)

@@ -1,7 +1,7 @@
 """From tensors to launches: arguments, grids and block sizes of the kernels.
 
 `Launcher` is the one place where a kernel's arguments are put together; what is compiled ahead of
-time (aot.py) comes from its calls as well.
+time (dudi_kernels/aot/) comes from its calls as well.
 """
 
 from __future__ import annotations
@@ -297,8 +297,33 @@ class Launcher:
             "b": 0.0 if measure is None else measure.b,
         }
 
-    def _partials(self, fields: int, count: int) -> Tensor:
-        return torch.empty(fields, count, self.rows, device=self.state.weight.device)
+    def _sweep(self, kernel: Any, fields: int, blocks: Blocks, **arguments: Any) -> Tensor:
+        """The partial results (fields, splits, rows) of a kernel that walks the vocabulary."""
+        row_blocks, tiles = self._tiles(blocks)
+        count, each = splits(row_blocks, tiles, self.target.units)
+        partials = torch.empty(fields, count, self.rows, device=self.state.weight.device)
+        run(kernel, (row_blocks, count), **arguments, partials=partials, tiles=each)
+        return partials
+
+    def _combine(self, kernel: Any, partials: Tensor, **arguments: Any) -> None:
+        """Partial results into the state."""
+        state = self.state
+        run(
+            kernel,
+            (-(-self.rows // COMBINE_ROWS),),
+            **arguments,
+            partials=partials,
+            divergence=state.divergence,
+            g_sum=state.g_sum,
+            poles=state.poles,
+            t_entropy=state.teacher_entropy,
+            rows=self.rows,
+            first_row=self.first_row,
+            splits=partials.shape[1],
+            MASKED=self.setting.masked,
+            BLOCK=COMBINE_ROWS,
+            num_warps=2,
+        )
 
     # ---- kernels ---------------------------------------------------------------------------------
 
@@ -310,81 +335,49 @@ class Launcher:
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
         blocks = self._blocks()
-        row_blocks, tiles = self._tiles(blocks)
-        count, each = splits(row_blocks, tiles, self.target.units)
-        partials = self._partials(kernels.STATISTICS_FIELDS, count)
         shared = {
             "STUDENT": student,
             "TEACHER": teacher,
             "CHAIN": 0 if chain is None else 1 if chain.teacher_first else 2,
             "TARGETS": targets is not None,
         }
-        run(
+        partials = self._sweep(
             kernels.statistics,
-            (row_blocks, count),
+            kernels.STATISTICS_FIELDS,
+            blocks,
             **self._common(teacher, blocks),
             **shared,
             targets=targets,
-            partials=partials,
-            tiles=each,
         )
-        run(
+        self._combine(
             kernels.combine_statistics,
-            (-(-self.rows // COMBINE_ROWS),),
-            partials=partials,
-            targets=targets,
+            partials,
             **self._log_sums(),
+            **shared,
             s_target=state.target,
             s_entropy=state.entropy,
             t_target=state.teacher_target,
-            t_entropy=state.teacher_entropy,
-            divergence=state.divergence,
-            g_sum=state.g_sum,
-            poles=state.poles,
-            rows=self.rows,
-            first_row=self.first_row,
-            splits=count,
-            **shared,
             MOMENTS=moments,
             OFFSET=0.0 if chain is None else chain.offset,
             SLOPE=0.0 if chain is None else chain.slope,
-            MASKED=self.setting.masked,
-            BLOCK=COMBINE_ROWS,
-            num_warps=2,
         )
 
     def sums(self, measure: Measure | None) -> None:
         """Divergence, sum of g and entropies, added to the state."""
-        state = self.state
         blocks = self._blocks(sums=True)
-        row_blocks, tiles = self._tiles(blocks)
-        count, each = splits(row_blocks, tiles, self.target.units)
-        partials = self._partials(kernels.SUMS_FIELDS, count)
-        run(
+        partials = self._sweep(
             kernels.sums,
-            (row_blocks, count),
+            kernels.SUMS_FIELDS,
+            blocks,
             **self._common(measure is not None, blocks),
             **self._log_sums(),
             **self._measure(measure),
-            partials=partials,
-            tiles=each,
         )
-        run(
+        self._combine(
             kernels.combine_sums,
-            (-(-self.rows // COMBINE_ROWS),),
-            partials=partials,
-            divergence=state.divergence,
-            g_sum=state.g_sum,
-            entropy=state.entropy,
-            t_entropy=state.teacher_entropy,
-            poles=state.poles,
-            rows=self.rows,
-            first_row=self.first_row,
-            splits=count,
+            partials,
+            s_entropy=self.state.entropy,
             TAUGHT=measure is not None,
-            MASKED=self.setting.masked,
-            BLOCK=COMBINE_ROWS,
-            num_warps=2,
         )
 
     def gradient(self, measure: Measure | None, out: Tensor) -> None:
