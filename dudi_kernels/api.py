@@ -32,6 +32,7 @@ from dudi_kernels.prepare import (
     scalar,
     wanted_gradients,
 )
+from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import RowValues, Span, Task, chunks, even
 from dudi_kernels.topk import TopKSweep, TopKTask, TopKTeacher
 
@@ -42,6 +43,8 @@ class DistillLoss(NamedTuple):
     log_prob: Tensor  # (N,) of the target at temperature 1; NaN where no targets were given
     entropy: Tensor  # (N,) of the student at temperature 1
     teacher_entropy: Tensor  # (N,) of the teacher at temperature 1
+    skipped: Tensor  # () share of the logits whose gradient was left out
+    dropped: Tensor  # () bound on what was left out, at most gradient_tolerance
 
 
 @traceable("student_hidden", "student_head", result=DistillLoss)
@@ -60,6 +63,7 @@ def linear_distill_loss(
     targets: Tensor | None = None,  # (N,)
     ce_weight: float = 0.0,
     ignore_index: int = -100,
+    gradient_tolerance: float = 0.0,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DistillLoss:
@@ -90,6 +94,11 @@ def linear_distill_loss(
             a row out of the loss, but its hidden states must be finite.
         targets: needed for `ce_weight` and `log_prob`; a row whose target is `ignore_index` counts
             for nothing and reads 0 in every result.
+        gradient_tolerance: 0 is exact. Otherwise the backward pass leaves out tiles of the logits
+            (blocks of rows by blocks of the vocabulary) with next to no probability, so that the
+            L1 norm of the logits' gradient that is lost stays under this share of the rows' weights
+            (`token_weight / temperature`, and `ce_weight` of it); targets of the cross-entropy are
+            kept. `skipped` and `dropped` tell what was. Values stay exact.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -112,6 +121,7 @@ def linear_distill_loss(
         raise ValueError("targets must be given with ce_weight > 0, got None")
     flat = None if targets is None else checks.targets(targets, student, ignore_index)
     weight = None if token_weight is None else checks.token_weight(token_weight, student)
+    checks.gradient_tolerance(gradient_tolerance)
 
     counted = Counted(student, flat, ignore_index)
     settings: dict[str, Any] = {
@@ -124,18 +134,26 @@ def linear_distill_loss(
     }
     if isinstance(teacher_hidden, TopKTeacher):
         ids, log_probs = checks.top_k(teacher_hidden, teacher_head, student, temperatures)
-        loss, values = _topk_sweep(
+        if gradient_tolerance:
+            raise ValueError(
+                f"gradient_tolerance must be 0 with a TopKTeacher, got {gradient_tolerance}"
+            )
+        loss, values, skipped = _topk_sweep(
             counted.rows(student), counted.pick(ids), counted.pick(log_probs), **settings
         )
     else:
         teacher = checks.side("teacher", teacher_hidden, teacher_head)
         checks.pair_of_sides(student, teacher)
-        loss, values = _weighted_sweep(
-            counted.rows(student), counted.rows(teacher), temperatures=temperatures, **settings
+        loss, values, skipped = _weighted_sweep(
+            counted.rows(student),
+            counted.rows(teacher),
+            temperatures=temperatures,
+            tolerance=gradient_tolerance,
+            **settings,
         )
     own = values.log_prob if targets is not None else torch.full_like(values.log_prob, torch.nan)
     per_row = (values.divergence, own, values.entropy, values.teacher_entropy)
-    return DistillLoss(loss, *map(counted.put_back, per_row))
+    return DistillLoss(loss, *map(counted.put_back, per_row), **skipped._asdict())
 
 
 class DistillRows(NamedTuple):
@@ -221,11 +239,12 @@ def _weighted_sweep(
     temperatures: tuple[float, float],
     backend: ModuleType,
     memory_budget: int,
-) -> tuple[Tensor, RowValues]:
+    tolerance: float = 0.0,
+) -> tuple[Tensor, RowValues, Skipped]:
     """sum_n weight_n (D_n + ce_weight CE_n) in one sweep."""
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-    plan = make_plan(learner, guide, [measure], backend, memory_budget)
+    plan = make_plan(learner, guide, [measure], backend, memory_budget, tolerance > 0)
     weight = _or_mean(weight, student)
     task = Task(
         student=learner,
@@ -241,6 +260,7 @@ def _weighted_sweep(
         teacher_inv_tau=1 / temperatures[1],
         plan=plan,
         needs=wanted_gradients(student),
+        tolerance=tolerance,
     )
     return scalar(student, task, _combined(weight, ce_weight), backend, memory_budget)
 
@@ -274,7 +294,7 @@ def _topk_sweep(
     ce_weight: float,
     backend: ModuleType,
     memory_budget: int,
-) -> tuple[Tensor, RowValues]:
+) -> tuple[Tensor, RowValues, Skipped]:
     rows = len(student.hidden)
     learner, weight = as_side(student), _or_mean(weight, student)
     plan = make_plan(learner, None, [None], backend, memory_budget)
@@ -290,7 +310,8 @@ def _topk_sweep(
         tile_rows=plan.tile_rows,
         needs=wanted_gradients(student),
     )
-    return retain(student, TopKSweep(task, backend), _combined(weight, ce_weight))
+    loss, values = retain(student, TopKSweep(task, backend), _combined(weight, ce_weight))
+    return loss, values, Tally(weight.device).result()
 
 
 @traceable("hidden", "head", per_row=lambda given: given.get("reduction") == "none")
@@ -330,7 +351,7 @@ def linear_cross_entropy(
             -log_prob(own, flat, 1.0, pick_backend(backend, rows.hidden.device), memory_budget)
         )
     weight = None if reduction == "mean" else torch.ones(len(flat), device=flat.device)
-    loss, _ = _weighted_sweep(
+    loss, _, _ = _weighted_sweep(
         own,
         None,
         None,

@@ -54,6 +54,10 @@ def budget(value: int) -> None:
         raise TypeError(f"memory_budget must be a number of bytes, got {value!r}")
 
 
+def gradient_tolerance(value: float) -> None:
+    number("gradient_tolerance", value, 0, 1)
+
+
 def divergence(name: str, value: str, beta: float, alpha: float) -> Measure:
     """The divergence of that name with its parameters."""
     one_of(name, value, DIVERGENCES)

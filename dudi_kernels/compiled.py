@@ -134,7 +134,7 @@ def _shapes(name: str, tensors: Sequence[Tensor], text: str) -> list[tuple[int, 
     rows = tuple(hidden.shape[:-1])
     match name:
         case "linear_distill_loss":
-            return [(), *[rows] * 4]
+            return [(), *[rows] * 4, (), ()]
         case "linear_distill":
             return [rows] * 4
         case "linear_cross_entropy":
@@ -143,7 +143,7 @@ def _shapes(name: str, tensors: Sequence[Tensor], text: str) -> list[tuple[int, 
             return [(value("num_segments"),)]
         case "linear_dudi_loss":
             pairs = value("num_pairs")
-            return [*[()] * 5, (pairs,), (2 * pairs,), (2 * pairs,), *[rows] * 4]
+            return [*[()] * 5, (pairs,), (2 * pairs,), (2 * pairs,), *[rows] * 4, (), ()]
         case _:
             return [rows]
 

@@ -17,6 +17,7 @@ from dudi_kernels.checks import Rows
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
+from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even, runs
 
 BACKENDS = ("auto", "torch", "triton")
@@ -105,10 +106,12 @@ def make_plan(
     measures: list[Measure | None],
     backend: ModuleType,
     memory_budget: int,
+    skips: bool = False,  # tiles of the gradient: their masses take temporaries
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, measures, backend)
+    layout["temporaries"] |= skips
     return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
 
 
@@ -118,17 +121,19 @@ def scalar(
     combine: Callable[[RowValues], Tensor],
     backend: ModuleType,
     memory_budget: int,
-) -> tuple[Tensor, RowValues]:
-    """The loss of a task, tied to the student's inputs, and the per-row values: by *retain*, or by
-    *recompute* where kernels make it cheaper."""
+) -> tuple[Tensor, RowValues, Skipped]:
+    """The loss of a task, tied to the student's inputs, the per-row values, and what was left out:
+    by *retain*, or by *recompute* where kernels make it cheaper."""
     if not streams(task, backend):
-        return retain(rows, Sweep(task, backend), combine)
+        sweep = Sweep(task, backend)
+        return *retain(rows, sweep, combine), sweep.tally.result()
+    tally = Tally(task.weight.device)
     parts = [
         Part(index, _part_job(task, measure, index, backend, memory_budget))
         for measure, index in _shared(task)
     ]
-    loss, *values = Streamed.apply(parts, task, combine, *rows.inputs)
-    return loss, RowValues(*values)
+    loss, *values = Streamed.apply(parts, task, combine, tally, *rows.inputs)
+    return loss, RowValues(*values), tally.result()
 
 
 def streams(task: Task, backend: ModuleType) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Chain, Measure
 from dudi_kernels.plan import Plan
+from dudi_kernels.skipping import Blocks, Tally, choose
 from dudi_kernels.sweep import (
     Needs,
     RowValues,
@@ -44,6 +45,14 @@ from dudi_kernels.tiles import (
 )
 
 
+class Live(NamedTuple):
+    """Which tiles of the gradient of the logits are not left out."""
+
+    tiles: Tensor  # (blocks of rows, blocks of columns) bool
+    rows: int  # of a block
+    columns: int
+
+
 class Job(NamedTuple):
     """What a *recompute* pass computes."""
 
@@ -58,6 +67,7 @@ class Job(NamedTuple):
     tile_rows: int
     row_plan: Plan | None  # of a forward pass over rows, where the divergence needs one
     backend: ModuleType
+    live: Live | None = None  # tiles of the gradient; None: all
 
 
 class Stream:
@@ -120,10 +130,14 @@ def _forward(job: Job) -> RowState:
     rows = job.student.hidden
     state = RowState.fresh(torch.zeros(len(rows), device=rows.device))
     job.backend.Stream(job).forward(state)
+    _set_infinite(job, state)
+    return state
+
+
+def _set_infinite(job: Job, state: RowState) -> None:
     if job.measure is not None:
         infinite = (state.poles & infinite_mask(job.measure)) != 0
         state.divergence.masked_fill_(infinite, torch.inf)
-    return state
 
 
 def _by_rows(job: Job, plan: Plan) -> RowState:
@@ -278,14 +292,21 @@ class Streamed(torch.autograd.Function):
         parts: list[Part],
         task: Task,
         combine: Callable[[RowValues], Tensor],  # the loss
+        tally: Tally,
         *inputs: Tensor | None,  # in the order of Needs
     ) -> tuple[Tensor, ...]:
         with no_autocast(task.weight.device):
-            states = [_forward(part.job) for part in parts]
+            bounded = task.tolerance > 0 and any(task.needs) and len(task.weight) > 0
+            found = [_bounded_forward(part, task, bounded) for part in parts]
+            states = [state for state, _ in found]
             values = _together(parts, states, task)
             loss = combine(values)
-        ctx.parts, ctx.states = parts, states
         ctx.weight, ctx.coefficient = task.weight, _coefficient(task, values)
+        ctx.states = states
+        ctx.parts = [
+            part if own is None else _with_live(part, state, own, ctx.coefficient, task, tally)
+            for part, (state, own) in zip(parts, found, strict=True)
+        ]
         others = () if task.teacher is None else inputs_of(task.teacher)
         ctx.save_for_backward(*inputs, *others)  # a change in between is an error
         ctx.mark_non_differentiable(*values)
@@ -295,11 +316,11 @@ class Streamed(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        needs = Needs(*ctx.needs_input_grad[3:])
+        needs = Needs(*ctx.needs_input_grad[4:])
         inputs = ctx.saved_tensors[: len(needs)]
         sums: list[Tensor | None] = [None] * len(needs)
         if grad is None:
-            return (None, None, None, *sums)
+            return (None, None, None, None, *sums)
         for part, state in zip(ctx.parts, ctx.states, strict=True):
             coefficient = None if ctx.coefficient is None else part.pick(ctx.coefficient) * grad
             own = replace(state, weight=part.pick(ctx.weight) * grad, coefficient=coefficient)
@@ -314,7 +335,34 @@ class Streamed(torch.autograd.Function):
                 else:
                     older = sums[i]
                     sums[i] = gradient if older is None else older.add_(gradient)
-        return (None, None, None, *sums)
+        return (None, None, None, None, *sums)
+
+
+def _bounded_forward(part: Part, task: Task, bounded: bool) -> tuple[RowState, Blocks | None]:
+    """The state of a part's rows, and bounds of their tiles if they are wanted."""
+    if not bounded:
+        return _forward(part.job), None
+    state = RowState.fresh(part.pick(task.weight))
+    blocks = part.job.backend.Stream(part.job).forward_with_bounds(state)
+    _set_infinite(part.job, state)
+    return state, blocks
+
+
+def _with_live(
+    part: Part,
+    state: RowState,
+    blocks: Blocks,
+    coefficient: Tensor | None,
+    task: Task,
+    tally: Tally,
+) -> Part:
+    """The part, whose gradient has only the tiles that the tolerance does not leave out."""
+    job, rows = part.job, len(state.weight)
+    own = replace(state, coefficient=None if coefficient is None else part.pick(coefficient))
+    setting = job.backend.Stream(job).setting
+    choice = choose(setting, own, slice(0, rows), blocks, task.tolerance)
+    tally.add(choice, blocks, rows, setting.vocabulary)
+    return part._replace(job=job._replace(live=Live(choice.live, blocks.rows, blocks.columns)))
 
 
 OF_ROWS = ("hidden", "low")
@@ -360,8 +408,9 @@ def _gradients(
     of_rows = needs._replace(weight=False, bias=False, lora_b=False)
     of_head = needs._replace(hidden=False, low=False)
     sums = new_gradients(job.student, of_rows)
+    new = torch.empty_like if job.live is None else torch.zeros_like
     whole = [
-        torch.empty_like(tensor) if needed and tensor is not None else None
+        new(tensor) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, of_head, strict=True)
     ]
     for grad, side, first_column in job.backend.Stream(job).gradients(state):

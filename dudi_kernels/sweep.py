@@ -19,6 +19,7 @@ from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.divergences import Measure
 from dudi_kernels.head import LMHead
 from dudi_kernels.plan import Plan
+from dudi_kernels.skipping import Tally, live_columns
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
 
 TILE_ROWS = 32  # that a GEMM takes at once
@@ -84,6 +85,7 @@ class Task(NamedTuple):
     teacher_inv_tau: float
     plan: Plan
     needs: Needs
+    tolerance: float = 0.0  # of skipping.py; 0: exact
 
 
 class RowValues(NamedTuple):
@@ -109,6 +111,13 @@ class Gradients(NamedTuple):
         """Those of some rows, and the whole of the head's."""
         hidden, low = (None if g is None else g[start:stop] for g in (self.hidden, self.low))
         return self._replace(hidden=hidden, low=low)
+
+    def part(self, start: int, stop: int) -> Gradients:
+        """Those of rows [start, stop) of the vocabulary, and the whole of the hidden states'."""
+        weight, bias, b = (
+            None if g is None else g[start:stop] for g in (self.weight, self.bias, self.lora_b)
+        )
+        return self._replace(weight=weight, bias=bias, lora_b=b)
 
 
 def new_gradients(side: Side, needs: Needs) -> Gradients:
@@ -174,6 +183,7 @@ class Sweep:
         self.setting = Setting.of(head, other, task.targets, inv_taus, task.plan.tile_rows)
         self.grads = new_gradients(task.student, task.needs)
         self.filled = False  # whether the weight's gradient has been written to
+        self.tally = Tally(hidden.device)
 
     def _known_coefficients(self) -> Tensor | None:
         task = self.task
@@ -186,8 +196,7 @@ class Sweep:
             if self.task.coefficients is None:
                 for chunk in group:
                     self._project(*chunk)
-                    self._steps(*chunk, statistics=True, sums=True, gradient=True)
-                    self._accumulate(*chunk)
+                    self._gradient(*chunk, statistics=True, sums=True)
             elif len(group) == 1:
                 self._short_group(*group[0])
             else:
@@ -199,8 +208,7 @@ class Sweep:
         self._project(start, stop)
         self._steps(start, stop, statistics=True, sums=True)
         self._set_coefficients(start, stop)
-        self._steps(start, stop, gradient=True)
-        self._accumulate(start, stop)
+        self._gradient(start, stop)
 
     def _long_group(self, group: Sequence[Chunk]) -> None:
         """An extra sweep tells the log-probabilities first; of the teacher's only if needed."""
@@ -211,8 +219,7 @@ class Sweep:
         self._set_coefficients(group[0][0], group[-1][1])
         for chunk in group:
             self._project(*chunk)
-            self._steps(*chunk, late_teacher=not early, sums=True, gradient=True)
-            self._accumulate(*chunk)
+            self._gradient(*chunk, late_teacher=not early, sums=True)
 
     def _set_coefficients(self, start: int, stop: int) -> None:
         """What the sums of a group of rows add to their coefficients."""
@@ -259,9 +266,11 @@ class Sweep:
         late_teacher: bool = False,  # the teacher's alone
         sums: bool = False,
         gradient: bool = False,
+        columns: tuple[int, int] | None = None,  # of the gradient; None: all
     ) -> None:
+        first, last = columns or (0, self.setting.vocabulary)
         for a, b, measure in runs(self.task.spans, start, stop):
-            local = slice(a - start, b - start)
+            local = slice(a - start, b - start), slice(first, last)
             logits = self.teacher[local] if self.teacher is not None else None
             read = measure is not None or self.task.teacher_log_prob
             wanted = Steps(
@@ -269,18 +278,43 @@ class Sweep:
                 teacher_statistics=read and (late_teacher or (statistics and teacher)),
                 mixture=sums and measure is not None and measure.adaptive,
                 sums=sums,
-                gradient=gradient and any(self.task.needs),
+                gradient=gradient,
             )
-            tile = Tile(self.student[local], logits, a, 0, measure)
+            tile = Tile(self.student[local], logits, a, first, measure)
             self.backend.steps(self.setting, self.state, tile, wanted)
 
-    def _accumulate(self, start: int, stop: int) -> None:
+    def _gradient(self, start: int, stop: int, **earlier: Any) -> None:
+        """The gradient of a chunk and what is made of it, after or together with earlier steps."""
         if not any(self.task.needs):
-            return
-        side = self.task.student.rows(start, stop)
-        grads = self.grads.rows(start, stop)
-        self.backend.accumulate(self.student[: stop - start], side, grads, self.filled)
+            self._steps(start, stop, **earlier)
+        elif self.task.tolerance == 0:
+            self._steps(start, stop, gradient=True, **earlier)
+            side, grads = self.task.student.rows(start, stop), self.grads.rows(start, stop)
+            self.backend.accumulate(self.student[: stop - start], side, grads, self.filled)
+            self.filled = True
+        else:
+            self._steps(start, stop, **earlier)
+            self._live_gradient(start, stop)
+
+    def _live_gradient(self, start: int, stop: int) -> None:
+        """Only the columns that the tolerance does not leave out."""
+        if self.grads.weight is not None and not self.filled:
+            self.grads.weight.zero_()
         self.filled = True
+        side, grads = self.task.student.rows(start, stop), self.grads.rows(start, stop)
+        for columns in self._live(start, stop):
+            self._steps(start, stop, gradient=True, columns=columns)
+            grad = self.student[: stop - start, slice(*columns)]
+            self.backend.accumulate(grad, side.part(*columns), grads.part(*columns), True)
+
+    def _live(self, start: int, stop: int) -> list[Chunk]:
+        tiles = []
+        for a, b, measure in runs(self.task.spans, start, stop):
+            for first, last in chunks(a, b, self.setting.tile_rows):
+                local = slice(first - start, last - start)
+                teacher = None if self.teacher is None else self.teacher[local]
+                tiles.append(Tile(self.student[local], teacher, first, 0, measure))
+        return live_columns(self.setting, self.state, tiles, self.task.tolerance, self.tally)
 
     def _values(self) -> RowValues:
         state = self.state

@@ -48,6 +48,8 @@ class DuDiLoss(NamedTuple):
     log_prob: Tensor  # (N,)
     entropy: Tensor  # (N,)
     teacher_entropy: Tensor  # (N,) 0 where its signal is off
+    skipped: Tensor  # () share of the logits whose gradient was left out
+    dropped: Tensor  # () bound on what was left out, at most gradient_tolerance
 
 
 class Weights(NamedTuple):
@@ -116,6 +118,7 @@ def linear_dudi_loss(
     on_policy_rows: Denominator = None,
     pairs: Denominator = None,
     num_pairs: int | None = None,
+    gradient_tolerance: float = 0.0,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DuDiLoss:
@@ -151,6 +154,8 @@ def linear_dudi_loss(
             accumulation steps); None means the counts in this call.
         num_pairs: how many pairs there are, the last ones perhaps without rows; by default what the
             segment ids say. Needed under torch.compile.
+        gradient_tolerance: as in `linear_distill_loss`; a row's weight is that of its divergence
+            and of its log-probability in the loss.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -179,6 +184,7 @@ def linear_dudi_loss(
     )
     temperatures = checks.temperatures(temperature, teacher_temperature)
     checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
+    checks.gradient_tolerance(gradient_tolerance)
     if preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
     if preference_weight > 0:
@@ -206,10 +212,14 @@ def linear_dudi_loss(
         teacher = _teacher(student, teacher_hidden, teacher_head)
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
-    task = signals.task(student, teacher, flat, measures, temperatures, engine, memory_budget)
-    loss, values = scalar(student, task, signals.combine, engine, memory_budget)
+    task = signals.task(
+        student, teacher, flat, measures, temperatures, engine, memory_budget, gradient_tolerance
+    )
+    loss, values, skipped = scalar(student, task, signals.combine, engine, memory_budget)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
-    return DuDiLoss(loss, *signals.parts, *(v.view(student.shape) for v in per_row))
+    return DuDiLoss(
+        loss, *signals.parts, *(v.view(student.shape) for v in per_row), **skipped._asdict()
+    )
 
 
 class Preference(NamedTuple):
@@ -261,10 +271,11 @@ class _Signals:
         temperatures: tuple[float, float],  # the student's, the teacher's
         backend: ModuleType,
         memory_budget: int,
+        tolerance: float,
     ) -> Task:
         w, packing = self.weights, self.packing
         learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-        plan = make_plan(learner, guide, list(measures), backend, memory_budget)
+        plan = make_plan(learner, guide, list(measures), backend, memory_budget, tolerance > 0)
         positive = packing.positive
         return Task(
             student=learner,
@@ -280,6 +291,7 @@ class _Signals:
             teacher_inv_tau=1 / temperatures[1],
             plan=plan,
             needs=wanted_gradients(student),
+            tolerance=tolerance,
         )
 
     def combine(self, values: RowValues) -> Tensor:

@@ -10,16 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from dudi_kernels.adaptive import mix
 from dudi_kernels.backends.gemms import accumulate, gradient_dtype, packing, project
 from dudi_kernels.backends.triton.elements import INTERPRETED
+from dudi_kernels.backends.triton.kernels import (
+    MASS,
+    MASS_FIELDS,
+    MASS_GAP,
+    TEACHER_MASS,
+    TEMPERED_MASS,
+)
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import Measure
+from dudi_kernels.reach import REACH
 from dudi_kernels.recompute import Job
-from dudi_kernels.sweep import Side, chunks
-from dudi_kernels.tiles import RowState, Setting, Steps, Tile
+from dudi_kernels.skipping import Blocks, Masses, bounds, runs_of
+from dudi_kernels.sweep import Chunk, Side, chunks
+from dudi_kernels.tiles import RowState, Setting, Steps, Tile, log_probs
 
 __all__ = [
     "Stream",
@@ -51,16 +61,22 @@ def fuses(device: torch.device) -> bool:
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
-    """Take the wanted steps over rows of whole logits, in place."""
+    """Take the wanted steps over rows of whole logits (the gradient: of some columns), in place."""
     rows, columns = tile.student.shape
-    assert columns == setting.vocabulary and tile.first_column == 0  # whole rows
+    assert columns == setting.vocabulary or wanted == Steps(gradient=True)
     if rows == 0:
         return
     measure = tile.measure
     student = Source(setting.softcap, setting.scale, logits=tile.student)
     teacher = None if tile.teacher is None else Source(None, 1.0, logits=tile.teacher)
     launch = Launcher(
-        setting, state, Sides(student, teacher), rows, columns, first_row=tile.first_row
+        setting,
+        state,
+        Sides(student, teacher),
+        rows,
+        columns,
+        first_row=tile.first_row,
+        first_column=tile.first_column,
     )
     chained = measure is None or measure.chain is not None
     ready = wanted.statistics and (measure is None or wanted.teacher_statistics)
@@ -97,38 +113,102 @@ class Stream:
             job.tile_rows,
         )
 
-    def _launcher(self, state: RowState, start: int, stop: int) -> Launcher:
+    def _launcher(self, state: RowState, columns: Chunk, rows: Chunk) -> Launcher:
         student, teacher = (
-            None if side is None else Source.of(side.part(start, stop))
+            None if side is None else Source.of(side.part(*columns).rows(*rows))
             for side in (self.job.student, self.job.teacher)
         )
         assert student is not None
-        rows = len(self.job.student.hidden)
         return Launcher(
-            self.setting, state, Sides(student, teacher), rows, stop - start, first_column=start
+            self.setting,
+            state,
+            Sides(student, teacher),
+            rows[1] - rows[0],
+            columns[1] - columns[0],
+            first_row=rows[0],
+            first_column=columns[0],
         )
+
+    @property
+    def _whole(self) -> tuple[Chunk, Chunk]:
+        """Columns and rows."""
+        return (0, self.setting.vocabulary), (0, len(self.job.student.hidden))
 
     def forward(self, state: RowState) -> None:
         """Statistics of all rows, and the sums that are wanted."""
+        if len(self.job.student.hidden):
+            self._forward(self._launcher(state, *self._whole))
+
+    def _forward(self, launch: Launcher, masses: Tensor | None = None) -> None:
         job = self.job
-        if not len(job.student.hidden):
-            return
-        launch = self._launcher(state, 0, job.student.head.vocab_size)
         wanted = job.entropy or job.measure is not None
         chained = job.measure is None or job.measure.chain is not None
-        launch.statistics(True, job.teacher is not None, job.measure, wanted and chained)
+        taught = job.teacher is not None
+        launch.statistics(True, taught, job.measure, wanted and chained, masses)
         if wanted and not chained:
             launch.sums(job.measure)
 
+    def forward_with_bounds(self, state: RowState) -> Blocks:
+        """As `forward`; and what each tile's gradient is bounded by. Rows go through in parts:
+        the masses of their tiles take no more than the gradient's buffer will."""
+        columns, (_, rows) = self._whole
+        height, width = self._launcher(state, columns, (0, 0)).tile()
+        tiles = -(-columns[1] // width)
+        step = rows * min(self.job.block, columns[1]) // (MASS_FIELDS * tiles * height)
+        parts: list[Blocks] = []
+        for part in chunks(0, rows, max(1, step) * height):
+            logs = torch.empty(MASS_FIELDS, tiles, part[1] - part[0], device=state.weight.device)
+            self._forward(self._launcher(state, columns, part), logs)
+            own, measure = slice(*part), self.job.measure
+            found = _masses(self.setting, state, own, logs, measure)
+            bounded = bounds(self.setting, state, own, measure, found, width)
+            parts.append(Blocks.of(bounded, found, height, width))
+        divergence, weight, mass = (
+            torch.cat(tensors) for tensors in zip(*(p[:3] for p in parts), strict=True)
+        )
+        return Blocks(divergence, weight, mass, height, width)
+
     def gradients(self, state: RowState) -> Iterator[tuple[Tensor, Side, int]]:
-        """The gradient of the logits by blocks of columns, the student's side, the first column."""
+        """The gradient of the logits by blocks of columns, the student's side, the first column;
+        columns without a live tile are left out."""
         job, hidden = self.job, self.job.student.hidden
-        vocabulary = job.student.head.vocab_size
-        dtype = gradient_dtype(hidden)
-        size = len(hidden) * min(job.block, vocabulary)
+        live = None if job.live is None else job.live.tiles
+        blocks = self._live_columns()
+        dtype, rows = gradient_dtype(hidden), len(hidden)
+        size = rows * max((b - a for a, b in blocks), default=0)
         buffer = torch.empty(size, dtype=dtype, device=hidden.device)
-        for start, stop in chunks(0, vocabulary, job.block):
-            out = buffer[: len(hidden) * (stop - start)].view(len(hidden), stop - start)
-            if len(hidden):
-                self._launcher(state, start, stop).gradient(job.measure, out)
+        for start, stop in blocks:
+            out = buffer[: rows * (stop - start)].view(rows, stop - start)
+            if rows:
+                launch = self._launcher(state, (start, stop), (0, rows))
+                launch.gradient(job.measure, out, live)
             yield out, job.student.part(start, stop), start
+
+    def _live_columns(self) -> list[Chunk]:
+        """Blocks of at most job.block columns; where tiles may be skipped, of whole tiles."""
+        live, vocabulary, block = self.job.live, self.setting.vocabulary, self.job.block
+        if live is None:
+            return chunks(0, vocabulary, block)
+        whole = max(1, block // live.columns) * live.columns
+        runs = runs_of(live.tiles.any(0).tolist(), live.columns, vocabulary)
+        return [part for run in runs for part in chunks(*run, whole)]
+
+
+def _masses(
+    setting: Setting, state: RowState, own: slice, logs: Tensor, measure: Measure | None
+) -> Masses:
+    """From log-sum-exps of rows in tiles (MASS_FIELDS, T, R)."""
+
+    def mass(field: tl.constexpr, log_sum: Tensor) -> Tensor:
+        return log_probs(logs[field.value].t(), log_sum[own], 1.0, True).exp_()
+
+    student = mass(MASS, state.log_sum)
+    if measure is None:
+        return Masses(student, student, None, None)
+    tempered, ratio = student, None
+    if setting.inv_tau != 1.0:
+        tempered = mass(TEMPERED_MASS, state.tempered_log_sum)
+    if REACH[measure.terms].ratio:
+        apart = (state.tempered_log_sum[own] - state.teacher_tempered_log_sum[own]).float()
+        ratio = (logs[MASS_GAP.value].t() - apart[:, None]).clamp_(min=0)
+    return Masses(student, tempered, mass(TEACHER_MASS, state.teacher_tempered_log_sum), ratio)

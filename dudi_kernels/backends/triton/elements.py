@@ -75,7 +75,7 @@ def terms_of(p, lp, q, lq, a, b, TERMS: tl.constexpr, HELPERS: tl.constexpr):
 def online(top, total, first, tile, MASKED: tl.constexpr):
     """One more tile of a row's maximum `top`, `total` = sum exp(x - top) and `first` =
     sum exp(x - top) (x - top); also the factor by which older sums shrink, and the tile's
-    exponentials."""
+    exponentials and their sum."""
     new = tl.maximum(top, tl.max(tile, 1)[:, None])
     gap = tl.maximum(top - new, NOTHING)
     shrink = tl.exp(gap)
@@ -84,8 +84,8 @@ def online(top, total, first, tile, MASKED: tl.constexpr):
     if MASKED:  # all of a tile may be
         exponentials = tl.where(tile > FLOOR, exponentials, 0.0)
     first = shrink * (first + total * gap) + tl.sum(exponentials * moved, 1)[:, None]
-    total = shrink * total + tl.sum(exponentials, 1)[:, None]
-    return new, total, first, shrink, exponentials
+    own = tl.sum(exponentials, 1)[:, None]
+    return new, shrink * total + own, first, shrink, exponentials, own
 
 
 @triton.jit

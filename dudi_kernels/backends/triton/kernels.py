@@ -43,6 +43,13 @@ SIDE_FIELDS = tl.constexpr(7)
 POLES = tl.constexpr(14)  # after both sides'
 STATISTICS_FIELDS = 15
 
+# Of the tiles' masses that `statistics` keeps: log-sum-exps of a row in a tile, and a gap.
+MASS = tl.constexpr(0)  # the student's
+TEMPERED_MASS = tl.constexpr(1)
+TEACHER_MASS = tl.constexpr(2)  # tempered
+MASS_GAP = tl.constexpr(3)  # the largest student - teacher, both tempered
+MASS_FIELDS = 4
+
 # Of `sums`.
 DIVERGENCE = tl.constexpr(0)
 G_SUM = tl.constexpr(1)
@@ -158,11 +165,18 @@ def store_side(
     tl.store(partials + at + TARGET * field_stride, target, mask=inside)
 
 
+@triton.jit
+def store_mass(masses, FIELD: tl.constexpr, tile, all_tiles, rows, i, value):
+    wide = tl.zeros_like(i).to(tl.int64) + FIELD * all_tiles + tile
+    tl.store(masses + wide * rows + i, value, mask=i < rows)
+
+
 @triton.jit(do_not_specialize=["rows", "first_row", "tiles"])
 def statistics(
     s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, t_logits, t_hidden, t_weight, t_bias,
     t_low, t_lora, targets,
     partials,  # (STATISTICS_FIELDS, splits, rows)
+    masses,  # (MASS_FIELDS, tiles of the vocabulary, rows)
     s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride, t_logits_stride,
     t_hidden_stride, t_weight_stride, t_lora_stride, rows, first_row, columns, s_width, t_width,
     s_rank, t_rank,
@@ -171,6 +185,7 @@ def statistics(
     STUDENT: tl.constexpr,  # which sides are wanted
     TEACHER: tl.constexpr,
     CHAIN: tl.constexpr,  # 1: forward KL, 2: reverse KL, from the same pass
+    MASSES: tl.constexpr, GAPS: tl.constexpr,
     TARGETS: tl.constexpr, MASKED: tl.constexpr, S_TEMPERED: tl.constexpr,
     T_TEMPERED: tl.constexpr, FUSED: tl.constexpr, S_BIAS: tl.constexpr, S_LORA: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_LORA: tl.constexpr, T_SOFTCAP: tl.constexpr,
@@ -191,7 +206,9 @@ def statistics(
     if TARGETS:
         own = tl.load(targets + first_row + i, mask=i < rows, other=-1)
     start = split * tiles * BLOCK_V
+    all_tiles = tl.cdiv(columns, BLOCK_V)
     for column in range(start, tl.minimum(start + tiles * BLOCK_V, columns), BLOCK_V):
+        tile = column // BLOCK_V
         j = column + tl.arange(0, BLOCK_V)[None, :]
         if TEACHER:
             raw = side_tile(
@@ -213,23 +230,34 @@ def statistics(
             if TARGETS:
                 s_target += tl.sum(tl.where(j == own, raw, 0.0), 1)[:, None]
             learner = floored(raw, column, columns, MASKED, BLOCK_V)
-            s_top, s_total, s_first, s_shrink, s_exp = online(
+            s_top, s_total, s_first, s_shrink, s_exp, s_own = online(
                 s_top, s_total, s_first, learner, MASKED
             )
+            if MASSES:
+                store_mass(masses, MASS, tile, all_tiles, rows, i, s_top + tl.log(s_own))
             learner = at_temperature(learner, s_inv_tau, S_TEMPERED)
             if S_TEMPERED:
-                s_tempered_top, s_tempered_total, unused, s_shrink, s_exp = online(
+                s_tempered_top, s_tempered_total, unused, s_shrink, s_exp, s_own = online(
                     s_tempered_top, s_tempered_total, unused, learner, MASKED
                 )
+                if MASSES:
+                    mass = s_tempered_top + tl.log(s_own)
+                    store_mass(masses, TEMPERED_MASS, tile, all_tiles, rows, i, mass)
         if TEACHER:
-            t_top, t_total, t_first, t_shrink, t_exp = online(
+            t_top, t_total, t_first, t_shrink, t_exp, t_own = online(
                 t_top, t_total, t_first, guide, MASKED
             )
             guide = at_temperature(guide, t_inv_tau, T_TEMPERED)
             if T_TEMPERED:
-                t_tempered_top, t_tempered_total, unused, t_shrink, t_exp = online(
+                t_tempered_top, t_tempered_total, unused, t_shrink, t_exp, t_own = online(
                     t_tempered_top, t_tempered_total, unused, guide, MASKED
                 )
+            if MASSES:
+                mass = (t_tempered_top if T_TEMPERED else t_top) + tl.log(t_own)
+                store_mass(masses, TEACHER_MASS, tile, all_tiles, rows, i, mass)
+            if GAPS:
+                gap = tl.max(tl.where(learner > FLOOR, learner - guide, FLOOR), 1)[:, None]
+                store_mass(masses, MASS_GAP, tile, all_tiles, rows, i, gap)
         if CHAIN == 1:
             cross = tl.sum(t_exp * gap_of(guide, learner, MASKED), 1)[:, None]
             t_cross = t_cross * t_shrink + cross
@@ -517,20 +545,23 @@ def gradient(
     s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, t_logits, t_hidden, t_weight, t_bias,
     t_low, t_lora, s_log_sum, s_tempered_log_sum, t_log_sum, t_tempered_log_sum, mixture, targets,
     target_logits, g_sums, entropies, poles, weights, coefficients, entropy_weights,
+    live,  # (blocks of rows, tiles of the vocabulary) whose gradient is wanted
     out,  # (rows, columns of this block): of the raw logits
     s_logits_stride, s_hidden_stride, s_weight_stride, s_lora_stride, t_logits_stride,
-    t_hidden_stride, t_weight_stride, t_lora_stride, out_stride, rows, first_row, columns,
-    first_column, s_width, t_width, s_rank, t_rank, s_softcap, s_scale, s_inv_tau, t_softcap,
-    t_scale, t_inv_tau, a, b,
+    t_hidden_stride, t_weight_stride, t_lora_stride, live_stride, out_stride, rows, first_row,
+    columns, first_column, s_width, t_width, s_rank, t_rank, s_softcap, s_scale, s_inv_tau,
+    t_softcap, t_scale, t_inv_tau, a, b,
     TERMS: tl.constexpr,  # None: no divergence
     HELPERS: tl.constexpr,
     MIXTURE: tl.constexpr,
     SMOOTH_MASK: tl.constexpr,  # the poles at which the divergence has no gradient
     COEFFICIENT: tl.constexpr,  # whether the log-probability of the target has a gradient
-    TARGETS: tl.constexpr, ENTROPY_WEIGHT: tl.constexpr, MASKED: tl.constexpr,
-    S_TEMPERED: tl.constexpr, T_TEMPERED: tl.constexpr, FUSED: tl.constexpr, S_BIAS: tl.constexpr,
-    S_LORA: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_LORA: tl.constexpr,
-    T_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    TARGETS: tl.constexpr, ENTROPY_WEIGHT: tl.constexpr,
+    SKIP: tl.constexpr,  # whether some tiles are not live: their gradient is 0
+    MASKED: tl.constexpr, S_TEMPERED: tl.constexpr, T_TEMPERED: tl.constexpr, FUSED: tl.constexpr,
+    S_BIAS: tl.constexpr, S_LORA: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr,
+    T_LORA: tl.constexpr, T_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """w (g - q sum g) + c (onehot - q1) - e q1 (log q1 + H), through softcap and scale."""
@@ -540,6 +571,13 @@ def gradient(
     j = column + tl.arange(0, BLOCK_V)[None, :]
     inside = i < rows
     at = first_row + i
+    to = out + i.to(tl.int64) * out_stride + j
+    if SKIP:
+        tile_of = (first_column + column) // BLOCK_V
+        if tl.load(live + tl.program_id(0).to(tl.int64) * live_stride + tile_of) == 0:
+            nothing = tl.zeros((BLOCK_N, BLOCK_V), out.dtype.element_ty)
+            tl.store(to, nothing, mask=inside & (j < columns))
+            return
     if TERMS is not None:
         raw = side_tile(
             t_logits, t_hidden, t_weight, t_bias, t_low, t_lora, t_logits_stride, t_hidden_stride,
@@ -598,5 +636,4 @@ def gradient(
         value *= (1 - capped * capped) * s_scale
     else:
         value *= s_scale
-    to = out + i.to(tl.int64) * out_stride + j
     tl.store(to, value.to(out.dtype.element_ty), mask=inside & (j < columns))

@@ -17,6 +17,7 @@ from torch import Tensor
 from dudi_kernels.backends.triton import kernels
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.divergences import Measure
+from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
 
@@ -328,7 +329,12 @@ class Launcher:
     # ---- kernels ---------------------------------------------------------------------------------
 
     def statistics(
-        self, student: bool, teacher: bool, measure: Measure | None, moments: bool
+        self,
+        student: bool,
+        teacher: bool,
+        measure: Measure | None,
+        moments: bool,
+        masses: Tensor | None = None,  # (MASS_FIELDS, T, R) to fill
     ) -> None:
         """Log-sum-exps and target logits of the wanted sides; with `moments`, of whole rows,
         entropies too and the divergence where it has a chain."""
@@ -348,6 +354,9 @@ class Launcher:
             **self._common(teacher, blocks),
             **shared,
             targets=targets,
+            masses=masses,
+            MASSES=masses is not None,
+            GAPS=masses is not None and measure is not None and REACH[measure.terms].ratio,
         )
         self._combine(
             kernels.combine_statistics,
@@ -380,8 +389,12 @@ class Launcher:
             TAUGHT=measure is not None,
         )
 
-    def gradient(self, measure: Measure | None, out: Tensor) -> None:
-        """Of the raw logits, into `out` (R, B)."""
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the tiles that have a mass, and may be live."""
+        return self._blocks()[:2]
+
+    def gradient(self, measure: Measure | None, out: Tensor, live: Tensor | None = None) -> None:
+        """Of the raw logits, into `out` (R, B); of tiles (blocks of rows, T) that are live."""
         state, targets, blocks = self.state, self.setting.targets, self._blocks()
         run(
             kernels.gradient,
@@ -401,6 +414,9 @@ class Launcher:
             COEFFICIENT=state.coefficient is not None,
             ENTROPY_WEIGHT=state.entropy_weight is not None,
             TARGETS=targets is not None,
+            live=live,
+            live_stride=0 if live is None else live.stride(0),
+            SKIP=live is not None,
             out=out,
             out_stride=out.stride(0),
             first_column=self.first_column,
