@@ -22,13 +22,15 @@ HEADINGS = ("task", "contender", "s", "time / floor", "workspace, MB", "gradient
 
 @dataclass
 class Results:
-    """Cases by (shape, task, contender); why others are absent; sweeps by (axis, contender)."""
+    """Cases by (shape, task, contender); why others are absent; sweeps by (axis, contender);
+    what a gradient_tolerance leaves out."""
 
     cases: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     absent: dict[tuple[str, str, str], str] = field(default_factory=dict)
     sweeps: dict[tuple[str, str], list[dict[str, Any]]] = field(
         default_factory=lambda: defaultdict(list)
     )
+    skipping: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, shape: str, task: str, contender: str, values: dict[str, Any]) -> None:
         self.cases.setdefault((shape, task, contender), {}).update(values)
@@ -219,6 +221,21 @@ def _cells(task: str, contender: str, case: dict[str, Any]) -> list[str]:
     ]
 
 
+def skipping_table(results: Results) -> str:
+    if not results.skipping:
+        return ""
+    names = list(results.skipping[0])
+    lines = [
+        "\n## gradient_tolerance\n",
+        "| " + " | ".join(names) + " |",
+        "|---" * len(names) + "|",
+    ]
+    for line in results.skipping:
+        cells = (format(v, ".2g") if isinstance(v, float) else str(v) for v in line.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _spelt(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -262,7 +279,10 @@ def write_all(results: Results, folder: Path, device: str) -> None:
             {"axis": axis, "contender": contender, "points": points}
             for (axis, contender), points in results.sweeps.items()
         ],
+        "skipping": results.skipping,
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (folder / "table.md").write_text(table(results) + target_table(results), encoding="utf-8")
+    (folder / "table.md").write_text(
+        table(results) + target_table(results) + skipping_table(results), encoding="utf-8"
+    )
     (folder / "readme.md").write_text(readme(results, place), encoding="utf-8")

@@ -15,6 +15,7 @@ from dudi_kernels import (
     linear_distill_loss,
     linear_dudi_loss,
     prepare,
+    skipping,
 )
 from dudi_kernels.divergences import DIVERGENCES
 from dudi_kernels.reach import REACH
@@ -27,11 +28,13 @@ TOLERANCES = (1e-2, 1e-1)
 
 @pytest.fixture(autouse=True)
 def _small_tiles(request, monkeypatch):
-    """The interpreter's own tiles are larger than the vocabulary here."""
+    """Several in the vocabulary, and none over a gap."""
+    monkeypatch.setattr(skipping, "TILE", 32)
+    monkeypatch.setattr(skipping, "GAP", 0)
     if request.node.callspec.params.get("backend") == "triton":
         from dudi_kernels.backends.triton import launch
 
-        small = launch.Blocks(16, 128, 64, 4, 1)
+        small = launch.Blocks(16, 64, 64, 4, 1)
         monkeypatch.setattr(launch, "fused_blocks", lambda target, dtype, sums: small)
 
 
@@ -146,7 +149,7 @@ def test_three_signals(backend, strategy):
         )  # fmt: skip
         got.loss.backward()
         results.append((got, student.weight.grad.T.clone()))
-    (exact, whole), (found, kept) = results
+    (_, whole), (found, kept) = results
     assert found.dropped <= 0.05 and 0 < found.skipped < 1
     assert error(kept[kept != 0], whole[kept != 0]) <= 1e-6
     pulls = 0.2 + 0.5 * 0.1 * 10  # of cross-entropy; of pairs, at the most: beta |sigmoid| a row
@@ -201,20 +204,22 @@ def test_choice():
     nan = torch.nan
     bounds = torch.tensor([[0.4, 0.1, 0.0, 1.5], [0.5, 0.6, 0.7, 0.8], [nan, 0.0, 0.01, 9.0]])
     blocks = Blocks(bounds, torch.tensor([2.0, 2.0, 1.0]), torch.zeros(3, 4), 2, 1)
-    live, values, weight = choose(setting, state, slice(0, 5), blocks, 0.3)
-    assert live.tolist() == [
+    choice = choose(setting, state, slice(0, 5), blocks, 0.3)
+    assert choice.live.tolist() == [
         [False, False, False, True],
         [False, True, True, True],
         [True, False, False, True],
     ]
     tally = Tally(torch.device("cpu"))
-    tally.add((live, values, weight), blocks, 5, 4)
+    tally.add(choice, blocks, 5, 4)
     assert float(tally.result().skipped) == pytest.approx((2 * 3 + 2 * 1 + 1 * 2) / 20)
     assert float(tally.result().dropped) == pytest.approx((0.5 + 0.5 + 0.01) / 5, rel=1e-2)
 
 
-def test_runs():
+def test_runs(monkeypatch):
     live = [bool(int(c)) for c in "0110010000011"]
+    assert runs_of(live, 10, 127) == [(10, 30), (50, 60), (110, 127)]
+    monkeypatch.setattr(skipping, "GAP", 2)
     assert runs_of(live, 10, 127) == [(10, 60), (110, 127)]
     assert runs_of([False] * 3, 10, 25) == []
 
@@ -226,4 +231,4 @@ def test_refusals():
             linear_distill_loss(*arguments, gradient_tolerance=wrong)
     top = TopKTeacher(torch.zeros(ROWS, 1, dtype=torch.long), torch.full((ROWS, 1), -1.0))
     with pytest.raises(ValueError, match="gradient_tolerance must be 0 with a TopKTeacher"):
-        linear_distill_loss(*arguments[:2], top, gradient_tolerance=0.1)
+        linear_distill_loss(arguments[0], arguments[1], top, gradient_tolerance=0.1)
