@@ -149,7 +149,7 @@ TRAIN_GROUPS = {
     "Optimisation": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
-        "memory_budget",
+        "memory_budget", "gradient_tolerance",
     ),
     "Run": (
         "output_dir", "resume", "overwrite", "evaluate", "eval_generate_rows", "logging_steps",

@@ -163,6 +163,11 @@ class DuDiConfig(TrainingArguments):
     )
 
     memory_budget: int = _field(256 * 2**20, "Bytes of workspace for the fused loss.")
+    gradient_tolerance: float = _field(
+        0.0,
+        "Leave tiles of next to no probability out of the gradient of the logits, whose L1 norm "
+        "then loses at most this share; 0 is exact.",
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DuDiConfig:
         known = field_types(cls)
@@ -234,6 +239,7 @@ class DuDiConfig(TrainingArguments):
             _between("max_steps", self.max_steps, 1, math.inf)
         for name in ("temperature", "rollout_temperature", "preference_beta"):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
+        _between("gradient_tolerance", self.gradient_tolerance, 0, 1)
         _between("top_p", self.top_p, 0, 1, low_open=True)
         _between("top_k", self.top_k, 0, math.inf)
         for name in COUNTS:

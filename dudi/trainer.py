@@ -395,6 +395,7 @@ class DuDiTrainer(Trainer):
             off_policy_rows=off_rows,
             on_policy_rows=on_rows,
             pairs=pairs,
+            gradient_tolerance=a.gradient_tolerance,
             memory_budget=a.memory_budget,
         )
 
@@ -434,6 +435,8 @@ class DuDiTrainer(Trainer):
             if weight > 0:
                 add(name, value, share)  # parts sum over micro-batches and ranks
         add("entropy", output.entropy.sum(), len(output.entropy))
+        if a.gradient_tolerance > 0:
+            add("skipped_logits", output.skipped * len(output.entropy), len(output.entropy))
         self._count_tokens(batch.student)
         chosen, rejected = output.log_probs[0::2], output.log_probs[1::2]
         pairs = len(batch.rows)

@@ -47,6 +47,7 @@ BASE: dict[str, Any] = {
         ({"overlong": "cut"}, "overlong must be one of truncate, drop"),
         ({"temperature": 0}, r"temperature must be in \(0, inf\)"),
         ({"rollout_temperature": -1}, "rollout_temperature"),
+        ({"gradient_tolerance": 2}, r"gradient_tolerance must be in \[0, 1\]"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
         ({"preference_length_power": 2}, "preference_length_power must be 0 or 1, got 2"),
         ({"reference_sync_steps": 0}, "reference_sync_steps"),

@@ -250,6 +250,16 @@ def test_logged_metrics(tmp_path: Path) -> None:
     assert losses(tmp_path)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # pi = reference
 
 
+def test_gradient_tolerance(tmp_path: Path) -> None:
+    """The loss stays exact; what was left out of its gradient is logged."""
+    found = []
+    for name, tolerance in (("exact", 0.0), ("some", 0.3)):
+        make(tmp_path / name, gradient_tolerance=tolerance, max_steps=1).train()
+        found.append(losses(tmp_path / name)[0])
+    assert "skipped_logits" not in found[0] and 0 <= found[1]["skipped_logits"] <= 1
+    assert found[0]["loss"] == found[1]["loss"]
+
+
 def test_checkpoint_loads_with_from_pretrained(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
