@@ -1,4 +1,7 @@
-"""What the public functions accept: a refusal names the argument, what was wanted and what came."""
+"""What the public functions accept: a refusal names the argument, what was wanted and what came.
+
+What tensors hold is not looked at while a CUDA graph is captured; all else is checked as ever.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch import bool as torch_bool
 
+from dudi_kernels import devices
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
 
@@ -147,13 +151,16 @@ def top_k(
     return ids.long(), log_probs.double()
 
 
-def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Tensor:
-    """A per-row argument, flattened; shapes (N,) and the leading shape both do."""
+def per_row(
+    name: str, value: Tensor, rows: Rows, *, integers: bool = False, on_host: bool = False
+) -> Tensor:
+    """A per-row argument, flattened; shapes (N,) and the leading shape both do. `on_host`: whether
+    it may be on the CPU too."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if tuple(value.shape) not in ((len(rows.hidden),), rows.shape):
         raise ValueError(f"{name} must have shape {rows.shape}, got {tuple(value.shape)}")
-    if value.device != rows.hidden.device:
+    if value.device != rows.hidden.device and not (on_host and value.device.type == "cpu"):
         raise ValueError(
             f"{name} must be on {rows.hidden.device} as the hidden states are, got {value.device}"
         )
@@ -164,6 +171,9 @@ def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Ten
 
 
 def _first(wrong: Tensor) -> int | None:
+    """The first row where it is so, if the host may look."""
+    if devices.capturing(wrong.device):
+        return None
     return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
 
@@ -191,7 +201,8 @@ def token_weight(value: Tensor, rows: Rows) -> Tensor:
 
 
 def segment_ids(value: Tensor, rows: Rows) -> Tensor:
-    flat = per_row("segment_ids", value, rows, integers=True)
+    """(N,) int64, on the device of the hidden states or on the CPU."""
+    flat = per_row("segment_ids", value, rows, integers=True, on_host=True)
     if (i := _first(flat < 0)) is not None:
         raise ValueError(f"segment_ids must not be negative, got {int(flat[i])} at row {i}")
     if (i := _first(flat[1:] < flat[:-1])) is not None:
