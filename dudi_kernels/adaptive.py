@@ -3,7 +3,8 @@
 The teacher's head is its likeliest tokens, as many as together have at most half of the mass, and
 the likeliest one in any case; the rest is its tail. Forward KL gets the head's share of the gap
 sum |p - q|, reverse KL the tail's. The head of most rows is short, so a few of the largest
-probabilities tell where it ends; no row is sorted whole unless the teacher is nearly uniform there.
+probabilities tell where it ends; no row is sorted whole unless the teacher is nearly uniform there,
+or a CUDA graph is captured: how long a head is can't be asked then.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dudi_kernels import devices
 from dudi_kernels.divergences import HEAD_MASS
 from dudi_kernels.tiles import RowState, Setting, Tile, log_probs
 
@@ -55,7 +57,8 @@ def _edge(p: Tensor) -> tuple[Tensor, Tensor, bool]:
     """(R, 1) the least probability in the head, (R, 1) how many tokens of it are inside, and
     whether any more are outside."""
     wide = torch.float32 if p.device.type == "mps" else torch.float64
-    size = 0
+    blind = devices.capturing(p.device)
+    size = p.shape[1] if blind else 0
     while True:
         size = min(size * GROWTH or FIRST, p.shape[1])
         top = p.topk(size, 1).values
@@ -66,7 +69,7 @@ def _edge(p: Tensor) -> tuple[Tensor, Tensor, bool]:
     edge = top.gather(1, count - 1)
     equals = count - (top > edge).sum(1, keepdim=True)
     torn = (p == edge).sum(1, keepdim=True) > equals
-    return edge, equals, bool(torn.any())
+    return edge, equals, blind or bool(torn.any())
 
 
 def mix(setting: Setting, state: RowState, tile: Tile) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dudi_kernels import checks
+from dudi_kernels import checks, devices
 from dudi_kernels.checks import Head, Rows
 from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
@@ -26,6 +26,7 @@ from dudi_kernels.prepare import (
     as_side,
     log_prob,
     make_plan,
+    on_device,
     pick_backend,
     retain,
     row_wise,
@@ -98,7 +99,8 @@ def linear_distill_loss(
             (blocks of rows by blocks of the vocabulary) with next to no probability, so that the
             L1 norm of the logits' gradient that is lost stays under this share of the rows' weights
             (`token_weight / temperature`, and `ce_weight` of it); targets of the cross-entropy are
-            kept. `skipped` and `dropped` tell what was. Values stay exact.
+            kept. `skipped` and `dropped` tell what was. Values stay exact. It must be 0 while a CUDA
+            graph is captured: the host asks which tiles are left.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -121,13 +123,13 @@ def linear_distill_loss(
         raise ValueError("targets must be given with ce_weight > 0, got None")
     flat = None if targets is None else checks.targets(targets, student, ignore_index)
     weight = None if token_weight is None else checks.token_weight(token_weight, student)
-    checks.gradient_tolerance(gradient_tolerance)
+    checks.gradient_tolerance(gradient_tolerance, student)
 
     counted = Counted(student, flat, ignore_index)
     settings: dict[str, Any] = {
         "measure": measure,
         "targets": None if flat is None else counted.pick(flat),
-        "weight": None if weight is None else counted.pick(weight),
+        "weight": counted.weight(weight),
         "ce_weight": ce_weight,
         "backend": pick_backend(backend, student.hidden.device),
         "memory_budget": memory_budget,
@@ -234,7 +236,7 @@ def _weighted_sweep(
     teacher: Rows | None,
     measure: Measure | None,
     targets: Tensor | None,  # (N,)
-    weight: Tensor | None,  # (N,) None: the mean
+    weight: Tensor,  # (N,)
     ce_weight: float,
     temperatures: tuple[float, float],
     backend: ModuleType,
@@ -245,7 +247,6 @@ def _weighted_sweep(
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
     plan = make_plan(learner, guide, [measure], backend, memory_budget, tolerance > 0)
-    weight = _or_mean(weight, student)
     task = Task(
         student=learner,
         teacher=guide,
@@ -263,13 +264,6 @@ def _weighted_sweep(
         tolerance=tolerance,
     )
     return scalar(student, task, _combined(weight, ce_weight), backend, memory_budget)
-
-
-def _or_mean(weight: Tensor | None, student: Rows) -> Tensor:
-    rows = len(student.hidden)
-    if weight is not None:
-        return weight
-    return torch.full((rows,), 1 / max(rows, 1), device=student.hidden.device)
 
 
 def _combined(weight: Tensor, ce_weight: float) -> Callable[[RowValues], Tensor]:
@@ -290,13 +284,13 @@ def _topk_sweep(
     log_probs: Tensor,  # (N, k)
     measure: Measure,
     targets: Tensor | None,  # (N,)
-    weight: Tensor | None,  # (N,)
+    weight: Tensor,  # (N,)
     ce_weight: float,
     backend: ModuleType,
     memory_budget: int,
 ) -> tuple[Tensor, RowValues, Skipped]:
     rows = len(student.hidden)
-    learner, weight = as_side(student), _or_mean(weight, student)
+    learner = as_side(student)
     plan = make_plan(learner, None, [None], backend, memory_budget)
     task = TopKTask(
         student=learner,
@@ -350,13 +344,13 @@ def linear_cross_entropy(
         return counted.put_back(
             -log_prob(own, flat, 1.0, pick_backend(backend, rows.hidden.device), memory_budget)
         )
-    weight = None if reduction == "mean" else torch.ones(len(flat), device=flat.device)
+    ones = torch.ones(len(rows.hidden), device=flat.device)
     loss, _, _ = _weighted_sweep(
         own,
         None,
         None,
         flat,
-        weight,
+        counted.weight(None if reduction == "mean" else ones),
         1.0,
         (1.0, 1.0),
         pick_backend(backend, rows.hidden.device),
@@ -409,7 +403,7 @@ def sequence_log_prob(
     hidden: Tensor,  # (N, D)
     head: Head,  # (V, D)
     targets: Tensor,  # (N,)
-    segment_ids: Tensor,  # (N,) not decreasing
+    segment_ids: Tensor,  # (N,) not decreasing; on the CPU or with the hidden states
     *,
     num_segments: int | None = None,
     temperature: float = 1.0,
@@ -424,8 +418,9 @@ def sequence_log_prob(
         torch.stack([linear_log_prob(...)[segment_ids == s].sum() for s in range(S)])
 
     Returns:
-        (S,) fp32 nats, S = `num_segments` (needed under torch.compile) or the largest segment
-        id + 1; 0 for one without rows.
+        (S,) fp32 nats, S = `num_segments` (needed under torch.compile, and while a CUDA graph is
+        captured with `segment_ids` on the GPU) or the largest segment id + 1; 0 for one without
+        rows.
 
     Raises:
         ValueError, TypeError: as `linear_log_prob`; segment ids that decrease, are negative or
@@ -433,10 +428,7 @@ def sequence_log_prob(
     """
     rows = checks.side("", hidden, head)
     segments = checks.segment_ids(segment_ids, rows)
-    least = int(segments[-1]) + 1 if len(segments) else 0
-    size = least if num_segments is None else num_segments
-    if size < least:
-        raise ValueError(f"num_segments must be at least {least}, got {num_segments}")
+    size = _segments(segments, num_segments)
     values = linear_log_prob(
         hidden,
         head,
@@ -446,4 +438,20 @@ def sequence_log_prob(
         backend=backend,
         memory_budget=memory_budget,
     )
+    segments = on_device(segments, rows.hidden.device)
     return values.new_zeros(size).index_add(0, segments, values.reshape(-1))
+
+
+def _segments(ids: Tensor, wanted: int | None) -> int:
+    """How many there are."""
+    if devices.capturing(ids.device):
+        if wanted is None:
+            raise ValueError(
+                "num_segments must be given while a CUDA graph is captured, or segment_ids be on "
+                "the CPU: the host can't read them from the GPU then"
+            )
+        return wanted
+    least = int(ids[-1]) + 1 if len(ids) else 0
+    if wanted is not None and wanted < least:
+        raise ValueError(f"num_segments must be at least {least}, got {wanted}")
+    return least if wanted is None else wanted

@@ -1,4 +1,7 @@
-"""What the public functions accept: a refusal names the argument, what was wanted and what came."""
+"""What the public functions accept: a refusal names the argument, what was wanted and what came.
+
+What tensors hold is not looked at while a CUDA graph is captured; all else is checked as ever.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch import bool as torch_bool
 
+from dudi_kernels import devices
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
 
@@ -52,10 +56,6 @@ def temperatures(value: float, teacher: float | None) -> tuple[float, float]:
 def budget(value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"memory_budget must be a number of bytes, got {value!r}")
-
-
-def gradient_tolerance(value: float) -> None:
-    number("gradient_tolerance", value, 0, 1)
 
 
 def divergence(name: str, value: str, beta: float, alpha: float) -> Measure:
@@ -110,6 +110,15 @@ def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
     return Rows(flat, head, tuple(hidden.shape[:-1]))
 
 
+def gradient_tolerance(value: float, student: Rows) -> None:
+    number("gradient_tolerance", value, 0, 1)
+    if value and devices.capturing(student.hidden.device):
+        raise ValueError(
+            f"gradient_tolerance must be 0 while a CUDA graph is captured, got {value}: what is "
+            "launched depends on what is left out"
+        )
+
+
 def pair_of_sides(student: Rows, teacher: Rows) -> None:
     rows, others = len(student.hidden), len(teacher.hidden)
     if rows != others:
@@ -151,13 +160,16 @@ def top_k(
     return ids.long(), log_probs.double()
 
 
-def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Tensor:
-    """A per-row argument, flattened; shapes (N,) and the leading shape both do."""
+def per_row(
+    name: str, value: Tensor, rows: Rows, *, integers: bool = False, on_host: bool = False
+) -> Tensor:
+    """A per-row argument, flattened; shapes (N,) and the leading shape both do. `on_host`: whether
+    it may be on the CPU too."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if tuple(value.shape) not in ((len(rows.hidden),), rows.shape):
         raise ValueError(f"{name} must have shape {rows.shape}, got {tuple(value.shape)}")
-    if value.device != rows.hidden.device:
+    if value.device != rows.hidden.device and not (on_host and value.device.type == "cpu"):
         raise ValueError(
             f"{name} must be on {rows.hidden.device} as the hidden states are, got {value.device}"
         )
@@ -168,6 +180,9 @@ def per_row(name: str, value: Tensor, rows: Rows, integers: bool = False) -> Ten
 
 
 def _first(wrong: Tensor) -> int | None:
+    """The first row where it is so, if the host may look."""
+    if devices.capturing(wrong.device):
+        return None
     return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
 
@@ -195,7 +210,8 @@ def token_weight(value: Tensor, rows: Rows) -> Tensor:
 
 
 def segment_ids(value: Tensor, rows: Rows) -> Tensor:
-    flat = per_row("segment_ids", value, rows, integers=True)
+    """(N,) int64, on the device of the hidden states or on the CPU."""
+    flat = per_row("segment_ids", value, rows, integers=True, on_host=True)
     if (i := _first(flat < 0)) is not None:
         raise ValueError(f"segment_ids must not be negative, got {int(flat[i])} at row {i}")
     if (i := _first(flat[1:] < flat[:-1])) is not None:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from dudi_kernels.devices import current_stream
 from dudi_kernels.head import LMHead, LoRA
 
 Tensors = list[torch.Tensor]
@@ -97,11 +98,12 @@ def _run(name: str, tensors: Sequence[Tensor], text: str) -> list[Tensor]:
 
 def _apart(work: Callable[[], list[Tensor]], device: torch.device) -> list[Tensor]:
     """Run in a thread of its own: torch switches autograd off for a thread inside an operator, and
-    has no public way to switch it on again."""
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    has no public way to switch it on again. A graph that is captured takes what any thread launches
+    on its stream: those of autograd's backward pass do as well."""
+    stream = current_stream(device)
 
     def run() -> list[Tensor]:
-        with torch.enable_grad(), torch.cuda.stream(stream):
+        with torch.enable_grad(), stream():
             return work()
 
     return _worker(os.getpid()).submit(run).result()

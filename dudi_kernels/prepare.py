@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dudi_kernels import checks
+from dudi_kernels import checks, devices
 from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
+from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
@@ -21,7 +22,6 @@ from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even, runs
 
 BACKENDS = ("auto", "torch", "triton")
-GPUS = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,10 +154,11 @@ def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
     """Each divergence (None: none) and the rows that have it; None: all rows."""
     own: dict[Measure | None, list[Tensor]] = {}
     for start, stop, measure in runs(task.spans, 0, len(task.weight)):
-        own.setdefault(measure, []).append(torch.arange(start, stop))
+        # made there: a copy to the device would wait for it
+        own.setdefault(measure, []).append(torch.arange(start, stop, device=task.weight.device))
     if len(own) < 2:
         return [(next(iter(own), None), None)]
-    return [(measure, torch.cat(rows).to(task.weight.device)) for measure, rows in own.items()]
+    return [(measure, torch.cat(rows)) for measure, rows in own.items()]
 
 
 def _part_job(
@@ -256,22 +257,60 @@ def log_prob(
 
 
 class Counted:
-    """The rows that count; what is ignored never reaches a sweep, not even as NaN."""
+    """The rows that count; what is ignored never reaches a sweep, not even as NaN.
+
+    Ignored rows are left out; while a CUDA graph is captured, where the host can't know how many
+    they are, there are zeros in their place.
+    """
 
     def __init__(self, rows: Rows, targets: Tensor | None, ignore_index: int):
         self.whole = rows
+        self.index: Tensor | None = None  # of the rows that count, where others are left out
+        self.ignored: Tensor | None = None  # where there are zeros
         ignored = None if targets is None else targets == ignore_index
-        some = ignored is not None and bool(ignored.any())
-        self.index = (~ignored).nonzero()[:, 0] if some and ignored is not None else None
+        if ignored is None:
+            return
+        if devices.capturing(ignored.device):
+            self.ignored = ignored
+        elif bool(ignored.any()):
+            self.index = (~ignored).nonzero()[:, 0]
 
     def pick(self, values: Tensor) -> Tensor:
-        return values if self.index is None else values.index_select(0, self.index)
+        if self.index is not None:
+            return values.index_select(0, self.index)
+        return values if self.ignored is None else self._zeroed(values)
+
+    def _zeroed(self, values: Tensor) -> Tensor:
+        assert self.ignored is not None
+        return values.masked_fill(self.ignored.view(-1, *[1] * (values.ndim - 1)), 0)
 
     def rows(self, rows: Rows) -> Rows:
         return with_low(rows._replace(hidden=self.pick(rows.hidden)))
+
+    def weight(self, given: Tensor | None) -> Tensor:
+        """Of the rows in the loss; without any given, the mean's."""
+        if given is not None:
+            return self.pick(given)
+        hidden = self.whole.hidden
+        counts = self.pick(torch.ones(len(hidden), device=hidden.device))
+        return counts / counts.sum().clamp(min=1)
 
     def put_back(self, values: Tensor) -> Tensor:
         """In the leading shape of the inputs, 0 for ignored rows."""
         if self.index is not None:
             values = values.new_zeros(len(self.whole.hidden)).index_copy(0, self.index, values)
+        elif self.ignored is not None:
+            values = self._zeroed(values)
         return values.view(self.whole.shape)
+
+
+def on_device(ids: Tensor, device: torch.device) -> Tensor:
+    """Packed rows' segment ids, made on the device run by run: a copy would wait for it."""
+    if ids.device == device:
+        return ids
+    values, counts = ids.unique_consecutive(return_counts=True)
+    runs = zip(values.tolist(), counts.tolist(), strict=True)
+    none = torch.empty(0, dtype=ids.dtype, device=device)
+    return torch.cat(
+        [none] + [torch.full((n,), i, dtype=ids.dtype, device=device) for i, n in runs]
+    )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dudi_kernels import checks
+from dudi_kernels import checks, devices
 from dudi_kernels.checks import Head, Rows
 from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
@@ -24,6 +24,7 @@ from dudi_kernels.plan import DEFAULT_BUDGET, Plan
 from dudi_kernels.prepare import (
     as_side,
     make_plan,
+    on_device,
     pick_backend,
     scalar,
     wanted_gradients,
@@ -59,21 +60,17 @@ class Weights(NamedTuple):
     on_policy: float
     preference: float
     ce: float
-    off_rows: float
-    on_rows: float
-    pairs: float
+    off_rows: float | Tensor
+    on_rows: float | Tensor
+    pairs: float | Tensor
 
 
 class Packing(NamedTuple):
     """Rows packed as [y+; y-] [y+; y-] ..."""
 
     segments: Tensor  # (N,) 2 i for y+ of pair i, 2 i + 1 for y-
-    lengths: Tensor  # (S,)
+    sequences: int  # S
     starts: list[int]  # (S + 1) row offsets of the segments
-
-    @property
-    def sequences(self) -> int:
-        return len(self.lengths)
 
     @property
     def positive(self) -> Tensor:
@@ -89,7 +86,7 @@ class Packing(NamedTuple):
         first = next(s for s in range(0, self.sequences, 2) if self.starts[s + 2] > start)
         last = next(s for s in range(first, self.sequences, 2) if self.starts[s + 2] >= stop)
         whole = slice(first, last + 2)
-        return Packing(own - first, self.lengths[whole], []), whole
+        return Packing(own - first, last + 2 - first, []), whole
 
 
 @traceable("student_hidden", "student_head", result=DuDiLoss)
@@ -99,7 +96,7 @@ def linear_dudi_loss(
     teacher_hidden: Tensor | None,  # (N, E)
     teacher_head: Head | None,  # (V, E)
     targets: Tensor,  # (N,)
-    segment_ids: Tensor,  # (N,)
+    segment_ids: Tensor,  # (N,) on the CPU or with the hidden states
     *,
     off_policy_weight: float = 1.0,
     on_policy_weight: float = 1.0,
@@ -144,7 +141,8 @@ def linear_dudi_loss(
         teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher;
             unread then.
         segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of pair i, 2 i + 1
-            is y-. Sequences may be missing as long as no preference is asked for.
+            is y-. Sequences may be missing as long as no preference is asked for. They must be on
+            the CPU while a CUDA graph is captured, which then is of these lengths.
         temperature: of the divergences, or of the student's side of them where
             `teacher_temperature` is given; log-probabilities and entropies are at 1.
         preference_length_power: 0 or 1, the a in r(y) = (log pi - log pi_ref) / |y|^a.
@@ -171,7 +169,8 @@ def linear_dudi_loss(
     """
     student = with_low(checks.side("student", student_hidden, student_head))
     flat = checks.targets(targets, student, None)
-    packing = _packing(checks.segment_ids(segment_ids, student), num_pairs)
+    ids = checks.segment_ids(segment_ids, student)
+    packing = _packing(ids, student.hidden.device, num_pairs)
     _check_settings(
         off_policy_weight=off_policy_weight,
         on_policy_weight=on_policy_weight,
@@ -184,12 +183,12 @@ def linear_dudi_loss(
     )
     temperatures = checks.temperatures(temperature, teacher_temperature)
     checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
-    checks.gradient_tolerance(gradient_tolerance)
+    checks.gradient_tolerance(gradient_tolerance, student)
     if preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
     if preference_weight > 0:
         _check_pairs(packing)
-    positives = _rows_of(packing, 0)
+    positives, ones = _rows_of(packing, 0), torch.ones(len(flat), device=flat.device)
     weights = Weights(
         off_policy_weight,
         on_policy_weight,
@@ -204,7 +203,7 @@ def linear_dudi_loss(
         _reference(reference_log_prob, packing, student),
         from_teacher=isinstance(reference_log_prob, str) and preference_weight > 0,
         beta=preference_beta,
-        scale=packing.lengths.clamp(min=1).float() ** -preference_length_power,
+        scale=packing.sums(ones).clamp(min=1) ** -preference_length_power,
         weight=preference_weight / weights.pairs,
     )
     teacher = None
@@ -230,7 +229,7 @@ class Preference(NamedTuple):
     from_teacher: bool
     beta: float
     scale: Tensor  # (S,) 1 / |y|^a
-    weight: float  # of a pair in the loss
+    weight: float | Tensor  # of a pair in the loss
 
     def margins(
         self, log_prob: Tensor, teacher_log_prob: Tensor
@@ -299,10 +298,10 @@ class _Signals:
         w, positive = self.weights, self.packing.positive
         margins, *sums = self.preference.margins(values.log_prob, values.teacher_log_prob)
         parts = (
-            values.divergence[positive].sum() / w.off_rows,
-            values.divergence[~positive].sum() / w.on_rows,
+            torch.where(positive, values.divergence, 0).sum() / w.off_rows,
+            torch.where(positive, 0, values.divergence).sum() / w.on_rows,
             -F.logsigmoid(self.preference.beta * margins).sum() / w.pairs,
-            -values.log_prob[positive].sum() / w.off_rows,
+            -torch.where(positive, values.log_prob, 0).sum() / w.off_rows,
         )
         self.parts = (*parts, margins, *sums)
         loss = values.log_prob.new_zeros(())
@@ -319,13 +318,18 @@ def _check_settings(**weights: float) -> None:
         checks.number(name, value, 0, math.inf)
 
 
-def _packing(segments: Tensor, num_pairs: int | None) -> Packing:
-    least = int(segments[-1]) // 2 + 1 if len(segments) else 0
+def _packing(ids: Tensor, device: torch.device, num_pairs: int | None) -> Packing:
+    if devices.capturing(ids.device):
+        raise ValueError(
+            "segment_ids must be on the CPU while a CUDA graph is captured: the lengths of the "
+            "sequences say what is launched, and the host can't read them from the GPU then"
+        )
+    least = int(ids[-1]) // 2 + 1 if len(ids) else 0
     if num_pairs is not None and num_pairs < least:
         raise ValueError(f"num_pairs must be at least {least}, got {num_pairs}")
     count = 2 * (least if num_pairs is None else num_pairs)
-    lengths = torch.bincount(segments, minlength=count)
-    return Packing(segments, lengths, [0, *lengths.cumsum(0).tolist()])
+    lengths = torch.bincount(ids, minlength=count)
+    return Packing(on_device(ids, device), count, [0, *lengths.cumsum(0).tolist()])
 
 
 def _rows_of(packing: Packing, parity: int) -> int:
@@ -342,8 +346,12 @@ def _check_pairs(packing: Packing) -> None:
             )
 
 
-def _denominator(name: str, value: Denominator, own: int) -> float:
-    """A global count; one that is 0 has no rows to divide."""
+def _denominator(name: str, value: Denominator, own: int) -> float | Tensor:
+    """A global count; one that is 0 has no rows to divide. It stays on the device where the host
+    can't read it, so that a replay of a CUDA graph takes the count of its own."""
+    if isinstance(value, Tensor) and devices.capturing(value.device):
+        count = value.detach().reshape(()).float()
+        return torch.where(count == 0, 1, count)
     number = float(own if value is None else value)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {number}")
@@ -364,6 +372,11 @@ def _reference(value: Reference, packing: Packing, student: Rows) -> Tensor:
     absent = count > 0 and packing.starts[-1] == packing.starts[-2]  # a last y- without rows
     if value.ndim != 1 or len(value) not in ((count, count - 1) if absent else (count,)):
         raise ValueError(f"reference_log_prob must have shape ({count},), got {tuple(value.shape)}")
+    if value.device != device and devices.capturing(device):
+        raise ValueError(
+            f"reference_log_prob must be on {device} while a CUDA graph is captured, got "
+            f"{value.device}"
+        )
     return F.pad(value.detach().float().to(device), (0, count - len(value)))
 
 

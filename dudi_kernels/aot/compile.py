@@ -64,7 +64,7 @@ def _recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     number = [other.arch for other in GPUS.values()].index(gpu.arch)
     found: list[Launch] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    def record(device: torch.device, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         compiled = kernel.warmup(grid=grid, **arguments)
         blocks = launch.Blocks(
             *(arguments.get(name, 0) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D")),

@@ -12,6 +12,7 @@ from cases import BACKENDS, error
 from dudi_kernels import (
     LMHead,
     TopKTeacher,
+    devices,
     linear_distill_loss,
     linear_dudi_loss,
     prepare,
@@ -224,7 +225,7 @@ def test_runs(monkeypatch):
     assert runs_of([False] * 3, 10, 25) == []
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     arguments = sides()
     for wrong in (-0.1, 1.5, float("nan"), True):
         with pytest.raises(ValueError, match="gradient_tolerance"):
@@ -232,3 +233,6 @@ def test_refusals():
     top = TopKTeacher(torch.zeros(ROWS, 1, dtype=torch.long), torch.full((ROWS, 1), -1.0))
     with pytest.raises(ValueError, match="gradient_tolerance must be 0 with a TopKTeacher"):
         linear_distill_loss(arguments[0], arguments[1], top, gradient_tolerance=0.1)
+    monkeypatch.setattr(devices, "capturing", lambda device: True)
+    with pytest.raises(ValueError, match="gradient_tolerance must be 0 while a CUDA graph"):
+        linear_distill_loss(*arguments, gradient_tolerance=0.1)

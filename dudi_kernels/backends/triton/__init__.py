@@ -24,6 +24,7 @@ from dudi_kernels.backends.triton.kernels import (
     TEMPERED_MASS,
 )
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
+from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.recompute import Job
@@ -42,12 +43,10 @@ __all__ = [
     "steps",
 ]
 
-KINDS = ("cuda", "xpu")  # ROCm calls itself cuda
-
 
 def serves(device: torch.device) -> bool:
     """Whether kernels can run on a device; a CPU only interprets them."""
-    return device.type in KINDS or (INTERPRETED and device.type == "cpu")
+    return device.type in GPUS or (INTERPRETED and device.type == "cpu")
 
 
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:

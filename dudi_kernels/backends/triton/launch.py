@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dudi_kernels.backends.triton import kernels
 from dudi_kernels.backends.triton.elements import INTERPRETED
+from dudi_kernels.devices import guard
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
@@ -119,9 +120,10 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", 10 * major + minor, count)
 
 
-def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch a kernel; every launch goes through here."""
-    kernel[grid](**arguments)
+def run(device: torch.device, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch a kernel on the current stream of a device; every launch goes through here."""
+    with guard(device):
+        kernel[grid](**arguments)
 
 
 def wants_descriptors(target: Target) -> bool:
@@ -303,13 +305,15 @@ class Launcher:
         row_blocks, tiles = self._tiles(blocks)
         count, each = splits(row_blocks, tiles, self.target.units)
         partials = torch.empty(fields, count, self.rows, device=self.state.weight.device)
-        run(kernel, (row_blocks, count), **arguments, partials=partials, tiles=each)
+        grid = (row_blocks, count)
+        run(self.sides.device, kernel, grid, **arguments, partials=partials, tiles=each)
         return partials
 
     def _combine(self, kernel: Any, partials: Tensor, **arguments: Any) -> None:
         """Partial results into the state."""
         state = self.state
         run(
+            self.sides.device,
             kernel,
             (-(-self.rows // COMBINE_ROWS),),
             **arguments,
@@ -397,6 +401,7 @@ class Launcher:
         """Of the raw logits, into `out` (R, B); of tiles (blocks of rows, T) that are live."""
         state, targets, blocks = self.state, self.setting.targets, self._blocks()
         run(
+            self.sides.device,
             kernels.gradient,
             self._tiles(blocks),
             **self._common(measure is not None, blocks),
