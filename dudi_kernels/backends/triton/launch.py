@@ -74,14 +74,14 @@ class Sides(NamedTuple):
 # ---- choices -------------------------------------------------------------------------------------
 
 
-def read_blocks() -> Blocks:
-    """For kernels that read logits: one row, a long piece of it."""
-    return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
+def read_blocks(target: Target) -> Blocks:
+    """For kernels that read logits: one row, a piece of it, 8 logits a thread."""
+    return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, target.warps(512), 2)
 
 
-def fused_blocks(target: Target, dtype: torch.dtype, sums: bool) -> Blocks:
-    """For kernels that project: as large as registers hold without spills (aot.py tells), which
-    is less where a divergence's `sums` keep more."""
+def fused_blocks(target: Target, dtype: torch.dtype, heavy: bool, lora: bool) -> Blocks:
+    """For kernels that project: as large as registers hold without spills (aot tells), which is
+    less where they keep more beside both sides' tiles (`heavy`), or have a product more."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
@@ -90,9 +90,9 @@ def fused_blocks(target: Target, dtype: torch.dtype, sums: bool) -> Blocks:
         return Blocks(64, 64, 64, 4, 2)
     match target.capability // 10:
         case 8:
-            return Blocks(64 if sums else 128, 64, 32, 8, 4)
+            return Blocks(128, 32 if heavy or lora else 64, 32, 8, 4)
         case 9 | 10:
-            return Blocks(128, 64 if sums else 128, 64, 8, 4)
+            return Blocks(128, 32 if lora else 64 if heavy else 128, 64, 8, 4)
         case _:
             return Blocks(128, 64, 64, 8, 2)
 
@@ -103,6 +103,9 @@ class Target(NamedTuple):
     kind: str  # "cuda", "hip", "xpu", or "interpreter"
     capability: int  # 90 for 9.0; 0 where there is none
     units: int  # multiprocessors
+
+    def warps(self, threads: int) -> int:
+        return threads // (64 if self.kind == "hip" else 32)
 
 
 @functools.lru_cache(maxsize=16)
@@ -141,10 +144,13 @@ def jitted(terms: Callable[..., Any]) -> Any:
     return terms if INTERPRETED else triton.jit(terms)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of fp32 products, as torch was told; half precision is exact in any case."""
+def precision(target: Target, dtype: torch.dtype) -> str:
+    """Of fp32 products, as torch was told; products of half precision are exact in any case, and
+    with them a LoRA's low rank, which is fp32, stays on the tensor cores."""
+    if target.kind == "hip":
+        return "ieee"  # has tensor cores for it, and nothing in between
     if dtype != torch.float32:
-        return "ieee"
+        return "tf32x3"
     by_name = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
     return by_name[torch.get_float32_matmul_precision()]
 
@@ -199,12 +205,17 @@ def _describe(arguments: dict[str, Any], blocks: Blocks) -> None:
     arguments["DESCRIPTORS"] = True
 
 
+def _aligned(side: Side) -> bool:
+    """Whether rows begin where 16 bytes can be loaded at once."""
+    return side.hidden.shape[1] * side.hidden.element_size() % 16 == 0
+
+
 def _describable(tensor: Tensor) -> bool:
     aligned = tensor.stride(0) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
     return aligned and tensor.numel() > 0
 
 
-def _flags(sides: Sides, setting: Setting) -> dict[str, Any]:
+def _flags(sides: Sides, setting: Setting, target: Target) -> dict[str, Any]:
     found: dict[str, Any] = {
         "MASKED": setting.masked,
         "S_TEMPERED": setting.inv_tau != 1.0,
@@ -222,7 +233,7 @@ def _flags(sides: Sides, setting: Setting) -> dict[str, Any]:
         }
     if sides.fused:
         assert sides.student.side is not None
-        found["PRECISION"] = precision(sides.student.side.hidden.dtype)
+        found["PRECISION"] = precision(target, sides.student.side.hidden.dtype)
     return found
 
 
@@ -247,22 +258,28 @@ class Launcher:
 
     # ---- parts of the arguments ------------------------------------------------------------------
 
-    def _blocks(self, sums: bool = False) -> Blocks:
+    def _blocks(self, kernel: Any) -> Blocks:
         if not self.sides.fused:
-            return read_blocks()
-        assert self.sides.student.side is not None
-        return fused_blocks(self.target, self.sides.student.side.hidden.dtype, sums)
+            return read_blocks(self.target)
+        sides = [source.side for source in self.sides if source is not None and source.side]
+        heavy = self.setting.masked or not all(map(_aligned, sides))
+        if kernel is not kernels.gradient:  # which carries nothing from tile to tile
+            taus = self.setting.inv_tau, self.setting.teacher_inv_tau
+            capped = any(side.head.softcap is not None for side in sides)
+            heavy = heavy or kernel is kernels.sums or capped or taus != (1.0, 1.0)
+        lora = any(side.head.lora is not None for side in sides)
+        return fused_blocks(self.target, sides[0].hidden.dtype, heavy, lora)
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
         return -(-self.rows // blocks.rows), -(-self.columns // blocks.columns)
 
     def _common(self, teacher: bool, blocks: Blocks) -> dict[str, Any]:
-        setting = self.setting
+        setting, target = self.setting, self.target
         found = {
             **_source_arguments("s", self.sides.student),
             **_source_arguments("t", self.sides.teacher if teacher else None),
-            **_flags(self.sides if teacher else Sides(self.sides.student, None), setting),
+            **_flags(self.sides if teacher else self.sides._replace(teacher=None), setting, target),
             "rows": self.rows,
             "first_row": self.first_row,
             "columns": self.columns,
@@ -274,7 +291,7 @@ class Launcher:
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
-        if self.sides.fused and wants_descriptors(self.target):
+        if self.sides.fused and wants_descriptors(target):
             _describe(found, blocks)
         return found
 
@@ -334,7 +351,7 @@ class Launcher:
         entropies too and the divergence where it has a chain."""
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
-        blocks = self._blocks()
+        blocks = self._blocks(kernels.statistics)
         shared = {
             "STUDENT": student,
             "TEACHER": teacher,
@@ -364,7 +381,7 @@ class Launcher:
 
     def sums(self, measure: Measure | None) -> None:
         """Divergence, sum of g and entropies, added to the state."""
-        blocks = self._blocks(sums=True)
+        blocks = self._blocks(kernels.sums)
         partials = self._sweep(
             kernels.sums,
             kernels.SUMS_FIELDS,
@@ -382,7 +399,8 @@ class Launcher:
 
     def gradient(self, measure: Measure | None, out: Tensor) -> None:
         """Of the raw logits, into `out` (R, B)."""
-        state, targets, blocks = self.state, self.setting.targets, self._blocks()
+        state, targets = self.state, self.setting.targets
+        blocks = self._blocks(kernels.gradient)
         run(
             kernels.gradient,
             self._tiles(blocks),
