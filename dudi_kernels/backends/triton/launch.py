@@ -79,20 +79,26 @@ def read_blocks(target: Target) -> Blocks:
     return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, target.warps(512), 2)
 
 
-def fused_blocks(target: Target, dtype: torch.dtype, heavy: bool, lora: bool) -> Blocks:
+def fused_blocks(
+    target: Target, dtype: torch.dtype, heavy: bool, lora: bool, aligned: bool
+) -> Blocks:
     """For kernels that project: as large as registers hold without spills (aot tells), which is
-    less where they keep more beside both sides' tiles (`heavy`), or have a product more."""
+    less where they keep more beside both sides' tiles (`heavy`), have a product more, or a pointer
+    for each element."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
         return Blocks(64, 64, 16, 8, 2)
+    if target.kind == "hip":
+        return Blocks(128, 64, 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
+    halvings = 2 if lora or not aligned else int(heavy)
     match target.capability // 10:
         case 8:
-            return Blocks(128, 32 if heavy or lora else 64, 32, 8, 4)
+            return Blocks(128, max(32, 64 >> halvings), 32, 8, 4)
         case 9 | 10:
-            return Blocks(128, 32 if lora else 64 if heavy else 128, 64, 8, 4)
+            return Blocks(128, 128 >> halvings, 64 if aligned else 32, 8, 4)
         case _:
             return Blocks(128, 64, 64, 8, 2)
 
@@ -262,13 +268,17 @@ class Launcher:
         if not self.sides.fused:
             return read_blocks(self.target)
         sides = [source.side for source in self.sides if source is not None and source.side]
-        heavy = self.setting.masked or not all(map(_aligned, sides))
+        heavy = self.setting.masked or any(side.head.softcap is not None for side in sides)
         if kernel is not kernels.gradient:  # which carries nothing from tile to tile
             taus = self.setting.inv_tau, self.setting.teacher_inv_tau
-            capped = any(side.head.softcap is not None for side in sides)
-            heavy = heavy or kernel is kernels.sums or capped or taus != (1.0, 1.0)
-        lora = any(side.head.lora is not None for side in sides)
-        return fused_blocks(self.target, sides[0].hidden.dtype, heavy, lora)
+            heavy = heavy or kernel is kernels.sums or taus != (1.0, 1.0)
+        return fused_blocks(
+            self.target,
+            sides[0].hidden.dtype,
+            heavy,
+            lora=any(side.head.lora is not None for side in sides),
+            aligned=all(map(_aligned, sides)),
+        )
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
