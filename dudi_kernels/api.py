@@ -99,8 +99,8 @@ def linear_distill_loss(
             (blocks of rows by blocks of the vocabulary) with next to no probability, so that the
             L1 norm of the logits' gradient that is lost stays under this share of the rows' weights
             (`token_weight / temperature`, and `ce_weight` of it); targets of the cross-entropy are
-            kept. `skipped` and `dropped` tell what was. Values stay exact. Not while a CUDA graph is
-            captured: the host asks which tiles are left.
+            kept. `skipped` and `dropped` tell what was. Values stay exact. Not while a CUDA graph
+            is captured: the host asks which tiles are left.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dudi_kernels.aot.machine_code import Instruction, Loop, Resources, by_class, inside, is_mma
 from dudi_kernels.aot.machine_code import loops as loops_of
-from dudi_kernels.aot.targets import Gpu, Shape
+from dudi_kernels.aot.targets import TENSOR_COLUMNS, Gpu
 from dudi_kernels.backends.triton.launch import Blocks
 
-SCHEDULERS = 4  # of a multiprocessor, an instruction a clock each
+REGISTERS = 8  # are allocated together, for each thread
+RESERVED = {"cuda": 1024, "hip": 0}  # bytes of shared memory for each program
 
 
 class Bound(NamedTuple):
@@ -26,38 +28,45 @@ class Bound(NamedTuple):
 
 def programs(found: Resources, gpu: Gpu) -> int:
     """That a multiprocessor holds."""
-    by_registers = gpu.registers // max(1, found.registers * found.threads)
-    by_shared = gpu.shared_total // max(1, found.shared + 1024)
-    return max(1, min(by_registers, by_shared, gpu.threads // found.threads))
+    each = -(-found.registers // REGISTERS) * REGISTERS
+    by_registers = gpu.registers // max(1, each * found.threads)
+    by_shared = gpu.shared_total // max(1, found.shared + RESERVED[gpu.kind])
+    by_tensor = TENSOR_COLUMNS // max(1, found.tensor_columns)
+    return max(1, min(by_registers, by_shared, by_tensor, gpu.threads // found.threads))
 
 
 def bound(
-    code: list[Instruction], found: Resources, gpu: Gpu, blocks: Blocks, shape: Shape
+    code: list[Instruction],
+    found: Resources,
+    gpu: Gpu,
+    blocks: Blocks,
+    layout: tuple[int, int],  # warps along the rows, and along the columns
+    widths: Sequence[int],  # of the projections, in order
 ) -> Bound | None:
-    """None where there are no tensor-core instructions in a loop."""
-    tile, inner = _tile_loop(code, gpu)
-    if not inner:
+    """None where not every projection is one loop on tensor cores."""
+    tile, inner = width_loops(code, gpu)
+    if not inner or len(inner) != len(widths):
         return None
-    widths = (shape.teacher_width, shape.width)
     tensor = blocks.rows * blocks.columns * sum(widths) / gpu.half_macs
     warps = found.threads / gpu.warp
     load = shared = 0.0
-    for loop, width in zip(inner, widths, strict=False):
+    for loop, width in zip(inner, widths, strict=True):
         steps = width / blocks.width
-        load += steps * len(inside(code, loop)) * warps / SCHEDULERS
-        shared += steps * _operand_bytes(gpu, blocks) / gpu.shared_bytes
+        load += steps * len(inside(code, loop)) * warps / gpu.issue
+        shared += steps * _operand_bytes(gpu, blocks, layout) / gpu.shared_bytes
     between = _between(code, tile, inner)
     counts = by_class(between, gpu)
     special = counts["special"] * found.threads / gpu.specials
-    issue = len(between) * warps / SCHEDULERS
+    issue = len(between) * warps / gpu.issue
     count = programs(found, gpu)
     busy, exposed = max(tensor, shared, load), max(special, issue)
     total = max(busy, load + issue) if count > 1 else busy + exposed
     return Bound(tensor, shared, load, special, issue, count, tensor / total)
 
 
-def _tile_loop(code: list[Instruction], gpu: Gpu) -> tuple[Loop | None, list[Loop]]:
-    """The loop over tiles, and in it the innermost loops with tensor-core instructions."""
+def width_loops(code: list[Instruction], gpu: Gpu) -> tuple[Loop | None, list[Loop]]:
+    """The loop over tiles; and the loops over the width: the innermost with tensor-core
+    instructions."""
     found = [loop for loop in loops_of(code) if any(is_mma(i, gpu) for i in inside(code, loop))]
     inner = [
         loop
@@ -74,13 +83,12 @@ def _between(code: list[Instruction], tile: Loop | None, inner: list[Loop]) -> l
     return [i for i in whole if not any(o.start <= i.address <= o.stop for o in inner)]
 
 
-def _operand_bytes(gpu: Gpu, blocks: Blocks) -> float:
+def _operand_bytes(gpu: Gpu, blocks: Blocks, layout: tuple[int, int]) -> float:
     """Read from shared memory for a step of the width."""
     if gpu.mma == ("HGMMA",):  # a warp group reads 64 rows, and all columns
-        groups = blocks.rows / 64
-        return groups * (64 + blocks.columns) * blocks.width * 2
-    if gpu.mma == ("UTCHMMA",):
-        return (blocks.rows + blocks.columns) * blocks.width * 2
-    across = 2 if blocks.columns >= blocks.rows else 1  # warps along the columns
-    down = blocks.warps / across
+        down, across = blocks.rows // 64, 1
+    elif gpu.mma == ("UTCHMMA",):
+        down, across = 1, 1
+    else:
+        down, across = layout
     return (down * blocks.columns + across * blocks.rows) * blocks.width * 2

@@ -16,11 +16,13 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from dudi_kernels.aot.targets import GPUS, Gpu, Shape
+from dudi_kernels.aot import machine_code
+from dudi_kernels.aot.targets import GPUS, TENSOR_COLUMNS, Gpu, Shape
 from dudi_kernels.backends.triton import launch
 from dudi_kernels.backends.triton.elements import INTERPRETED
+from dudi_kernels.backends.triton.kernels import MASS_FIELDS
 from dudi_kernels.divergences import DIVERGENCES
-from dudi_kernels.head import LMHead
+from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.plan import BLOCK
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting
@@ -28,6 +30,36 @@ from dudi_kernels.tiles import RowState, Setting
 MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BOX = 256  # elements along a side of a descriptor's block
 LOGITS_ROWS = 256  # of a chunk whose logits are read
+RANK = 16  # of a LoRA
+
+
+class Variant(NamedTuple):
+    """What a launch has beside the divergence."""
+
+    bias: bool = False  # so tokens may be masked
+    tempered: bool = False
+    softcap: bool = False
+    lora: bool = False
+    teacher: bool = True  # without: cross-entropy and entropy alone
+    targets: bool = True  # and the gradient of their log-probabilities
+    entropy: bool = False  # its gradient
+    aligned: bool = True  # without: an odd vocabulary, and odd widths
+    skipping: bool = False  # of tiles, where the kernels project
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "masked": Variant(bias=True),
+    "tempered": Variant(tempered=True),
+    "softcap": Variant(softcap=True),
+    "lora": Variant(lora=True),
+    "student": Variant(teacher=False),
+    "untargeted": Variant(targets=False),
+    "entropy": Variant(entropy=True),
+    "unaligned": Variant(aligned=False),
+    "skipping": Variant(skipping=True),
+    "everything": Variant(bias=True, tempered=True, softcap=True, lora=True, entropy=True),
+}
 
 
 class Launch(NamedTuple):
@@ -87,51 +119,77 @@ def _recorded(gpu: Gpu) -> Iterator[list[Launch]]:
 
 
 def compile_all(
-    gpu: Gpu, shape: Shape, rows: int, dtype: torch.dtype, divergence: str, *, fused: bool
+    gpu: Gpu,
+    shape: Shape,
+    rows: int,
+    dtype: torch.dtype,
+    divergence: str,
+    *,
+    fused: bool,
+    variant: str = "plain",
 ) -> list[Launch]:
-    """Every kernel of a divergence, with targets and their log-probability's gradient."""
-    measure = DIVERGENCES[divergence].measure(0.5, 0.1)
+    """Every kernel of a divergence, in one of its variants."""
+    extra = VARIANTS[variant]
+    measure = DIVERGENCES[divergence].measure(0.5, 0.1) if extra.teacher else None
     rows = rows if fused else LOGITS_ROWS
+    if not extra.aligned:
+        shape = Shape(*(size + 1 for size in shape))
+    softcap = 30.0 if extra.softcap else None
 
     def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
     def source(width: int, columns: int) -> launch.Source:
         if not fused:
-            return launch.Source(None, 1.0, logits=meta(rows, columns))
-        head = LMHead(meta(columns, width, dtype=dtype))
-        return launch.Source.of(Side(meta(rows, width, dtype=dtype), head, None))
+            return launch.Source(softcap, 1.0, logits=meta(rows, columns))
+        bias = meta(columns, dtype=dtype) if extra.bias else None
+        a, b = (meta(*size, dtype=dtype) for size in ((RANK, width), (columns, RANK)))
+        lora = LoRA(a, b) if extra.lora else None
+        head = LMHead(meta(columns, width, dtype=dtype), bias, softcap, lora=lora)
+        low = meta(rows, RANK) if extra.lora else None
+        return launch.Source.of(Side(meta(rows, width, dtype=dtype), head, low))
 
     state = RowState.fresh(meta(rows))
-    state.coefficient = meta(rows)
-    state.mixture = meta(rows) if measure.adaptive else None
+    state.coefficient = meta(rows) if extra.targets else None
+    state.entropy_weight = meta(rows) if extra.entropy else None
+    state.mixture = meta(rows) if measure is not None and measure.adaptive else None
     setting = Setting(
         vocabulary=shape.vocabulary,
-        targets=meta(rows, dtype=torch.int64),
-        inv_tau=1.0,
-        teacher_inv_tau=1.0,
-        softcap=None,
+        targets=meta(rows, dtype=torch.int64) if extra.targets else None,
+        inv_tau=0.5 if extra.tempered else 1.0,
+        teacher_inv_tau=0.5 if extra.tempered else 1.0,
+        softcap=softcap,
         scale=1.0,
-        masked=False,
+        masked=extra.bias,
         tile_rows=1,
     )
 
     def launcher(columns: int) -> launch.Launcher:
         student, teacher = (source(w, columns) for w in (shape.width, shape.teacher_width))
-        return launch.Launcher(setting, state, launch.Sides(student, teacher), rows, columns)
+        sides = launch.Sides(student, teacher if extra.teacher else None)
+        return launch.Launcher(setting, state, sides, rows, columns)
 
+    chained = measure is None or measure.chain is not None
     with _recorded(gpu) as found:
         whole = launcher(shape.vocabulary)
-        whole.statistics(True, True, measure, measure.chain is not None)
-        if measure.chain is None:
+        masses = live = None
+        if extra.skipping and fused:
+            height, width = whole.tile()
+            tiles = -(-shape.vocabulary // width)
+            masses = meta(MASS_FIELDS, tiles, rows)
+            live = meta(-(-rows // height), tiles, dtype=torch.bool)
+        whole.statistics(True, extra.teacher, measure, chained, masses)
+        if measure is None or not chained:
             whole.sums(measure)
-        block = BLOCK if fused else shape.vocabulary
         half = torch.float32 if dtype == torch.float16 else dtype  # as `accumulate` takes it
-        launcher(block).gradient(measure, meta(rows, block, dtype=half if fused else torch.float32))
+        block = BLOCK if fused else shape.vocabulary
+        for columns in sorted({block, shape.vocabulary % block or block}):  # the last is short
+            out = meta(rows, columns, dtype=half if fused else torch.float32)
+            launcher(columns).gradient(measure, out, live)
     return found
 
 
-def limits(found: Launch) -> list[str]:
+def limits(found: Launch, gpu: Gpu) -> list[str]:
     """What a launch would be refused for."""
     wrong = [
         f"grid axis {axis} is {size:,}, at most {most:,}"
@@ -145,4 +203,8 @@ def limits(found: Launch) -> list[str]:
             wrong.append(f"{name}: the stride of a descriptor must be a multiple of 16 bytes")
         if max(value.block_shape) > MAX_BOX:
             wrong.append(f"{name}: a descriptor's block is at most {MAX_BOX} long")
+    if (shared := found.compiled.metadata.shared) > gpu.shared:
+        wrong.append(f"{shared:,} bytes of shared memory, at most {gpu.shared:,}")
+    if (columns := machine_code.tensor_columns(found.compiled)) > TENSOR_COLUMNS:
+        wrong.append(f"{columns} columns of tensor memory, at most {TENSOR_COLUMNS}")
     return wrong

@@ -26,6 +26,7 @@ class Resources(NamedTuple):
     registers: int  # of a thread
     spilled: int  # bytes of a thread that go to memory
     shared: int  # bytes of a program
+    tensor_columns: int  # of a program, in tensor memory
     threads: int  # of a program
 
 
@@ -42,16 +43,28 @@ class Loop(NamedTuple):
 
 def resources(compiled: Any, gpu: Gpu) -> Resources:
     threads = compiled.metadata.num_warps * gpu.warp
-    shared = compiled.metadata.shared
+    shared, columns = compiled.metadata.shared, tensor_columns(compiled)
     if gpu.kind == "hip":
         text = compiled.asm["amdgcn"]
         found = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)", text)}
-        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], shared, threads)
+        spilled = found["private_segment_fixed_size"]
+        return Resources(found["vgpr_count"], spilled, shared, columns, threads)
     text = _tool("-res-usage", compiled.asm["cubin"])
     registers, stack, local = (
         max(map(int, re.findall(rf"{name}:(\d+)", text))) for name in ("REG", "STACK", "LOCAL")
     )
-    return Resources(registers, stack + local, shared, threads)
+    return Resources(registers, stack + local, shared, columns, threads)
+
+
+def tensor_columns(compiled: Any) -> int:
+    return getattr(compiled.metadata, "tmem_size", 0) or 0
+
+
+def layout(compiled: Any) -> tuple[int, int]:
+    """How many warps share a tile's rows, and its columns, where each has its own product."""
+    pattern = r"(?:nvidia_mma|amd_mfma)<\{.*?warpsPerCTA = \[(\d+), (\d+)\]"
+    found = re.search(pattern, compiled.asm["ttgir"])
+    return (int(found[1]), int(found[2])) if found else (1, 1)
 
 
 def _tool(option: str, cubin: bytes) -> str:

@@ -20,6 +20,7 @@ class Gpu(NamedTuple):
     shared_total: int  # bytes of a multiprocessor
     half_macs: int  # tensor cores, bf16 and fp16, dense
     fp32_macs: int  # without tensor cores
+    issue: int  # instructions of a warp
     specials: int  # exp2, log2, reciprocal
     shared_bytes: int
     memory: float  # TB/s
@@ -27,30 +28,31 @@ class Gpu(NamedTuple):
 
 
 KB = 1024
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, where it has one
 GPUS = {
     "sm_80": Gpu(
         "A100", "cuda", 80, 32, 108, 1.41, 65536, 2048, 163 * KB, 164 * KB,
-        1024, 64, 16, 128, 2.04, ("HMMA",),
+        1024, 64, 4, 16, 128, 2.04, ("HMMA",),
     ),
     "sm_90": Gpu(
         "H100", "cuda", 90, 32, 132, 1.83, 65536, 2048, 227 * KB, 228 * KB,
-        2048, 128, 16, 128, 3.35, ("HGMMA",),
+        2048, 128, 4, 16, 128, 3.35, ("HGMMA",),
     ),
     "sm_100": Gpu(
         "B200", "cuda", 100, 32, 148, 1.85, 65536, 2048, 227 * KB, 228 * KB,
-        4096, 128, 16, 128, 8.0, ("UTCHMMA",),
+        4096, 128, 4, 16, 128, 8.0, ("UTCHMMA",),
     ),
     "sm_120": Gpu(
         "RTX 5090", "cuda", 120, 32, 170, 2.41, 65536, 1536, 99 * KB, 100 * KB,
-        256, 128, 16, 128, 1.79, ("HMMA",),
+        256, 128, 4, 16, 128, 1.79, ("HMMA",),
     ),
     "gfx942": Gpu(
         "MI300X", "hip", "gfx942", 64, 304, 2.1, 131072, 2048, 64 * KB, 64 * KB,
-        1024, 128, 16, 128, 5.3, ("v_mfma",),
+        1024, 128, 1, 16, 128, 5.3, ("v_mfma",),
     ),
     "gfx950": Gpu(
         "MI355X", "hip", "gfx950", 64, 256, 2.4, 131072, 2048, 160 * KB, 160 * KB,
-        2048, 128, 16, 128, 8.0, ("v_mfma",),
+        2048, 128, 1, 16, 128, 8.0, ("v_mfma",),
     ),
 }  # fmt: skip
 

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dudi_kernels.aot import machine_code, roofline
+from dudi_kernels.aot import bound, machine_code, roofline
 from dudi_kernels.aot.targets import GPUS
+from dudi_kernels.backends.triton.launch import Blocks
 
 QWEN = "Qwen2.5 0.5B from 3B"
 LEAST = {"sm_80": 0.60, "sm_90": 0.70}  # of the tensor cores' use by `statistics`, at the most
@@ -23,17 +25,22 @@ def _steps() -> None:
     """Neither the compiled steps nor the plain ones."""
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Of another process: here the kernels are interpreted."""
-    file = tmp_path_factory.mktemp("aot") / "aot.json"
+def compiled(file, *options):
+    """Reports of another process: here the kernels are interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "dudi_kernels.aot", "--json", str(file), "--shape", QWEN]
-    command += ["--dtype", "bf16", "--divergence", "forward_kl", "jsd"]
-    command += ["--target", "sm_80", "sm_90", "sm_100", "gfx942"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [*command, "--dtype", "bf16", *options], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    file = tmp_path_factory.mktemp("aot") / "aot.json"
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    return compiled(file, "--divergence", "forward_kl", "jsd", "--target", *targets)
 
 
 def of(reports, **wanted):
@@ -44,17 +51,25 @@ def of(reports, **wanted):
 
 def test_nothing_spills_and_everything_fits(reports):
     for report in reports:
-        gpu = GPUS[report["target"]]
-        assert report["spilled"] == 0 and report["refused"] == []
+        assert report["spilled"] == 0 and report["wrong"] == []
         assert report["instructions"].get("local", 0) == 0
-        assert report["shared"] <= gpu.shared
+        assert report["shared"] <= GPUS[report["target"]].shared and report["programs"] >= 1
+
+
+def test_nor_where_a_launch_has_everything(tmp_path):
+    """Bias, temperatures, softcap, a LoRA, the entropy's gradient; and odd widths."""
+    options = ("--divergence", "jsd", "--target", "sm_90", "--variant", "everything", "unaligned")
+    found = compiled(tmp_path / "aot.json", *options)
+    assert {report["variant"] for report in found} == {"everything", "unaligned"}
+    for report in of(found, variant="everything", kernel="sums", projects=True):
+        assert len(report["loops"]) == 4  # a LoRA's too run on tensor cores
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_projections_run_on_tensor_cores(reports, target):
     for kernel in ("statistics", "sums", "gradient"):
         for report in of(reports, target=target, kernel=kernel, projects=True):
-            assert report["instructions"]["mma"] > 0
+            assert len(report["loops"]) == 2 and all(loop["mma"] for loop in report["loops"])
     for report in of(reports, target=target, kernel="gradient", projects=False):
         assert report["instructions"].get("mma", 0) == 0
 
@@ -64,6 +79,39 @@ def test_the_bound_of_the_forward_kernel(reports, target):
     wanted = {"kernel": "statistics", "projects": True, "divergence": "forward_kl"}
     (report,) = of(reports, target=target, **wanted)
     assert LEAST[target] <= report["bounds"][QWEN]["use"] <= 1
+
+
+def test_the_table_has_the_bound(reports):
+    from dudi_kernels.aot import report
+
+    (own,) = of(
+        reports, target="sm_90", kernel="statistics", projects=True, divergence="forward_kl"
+    )
+    table = report.table(reports)
+    assert f"| {QWEN} | " in table and f" {own['bounds'][QWEN]['use']:.0%} |" in table
+    assert table.count("| bf16 |") == 4
+
+
+def test_what_a_launch_would_be_refused_for():
+    from dudi_kernels.aot import compile
+
+    metadata = SimpleNamespace(shared=2**20, tmem_size=1024)
+    blocks = Blocks(1, 1, 1, 1, 1)
+    own = compile.Launch("sums", (1, 2**16), blocks, {}, SimpleNamespace(metadata=metadata))
+    assert [reason.split(", at most")[0] for reason in compile.limits(own, GPUS["sm_90"])] == [
+        "grid axis 1 is 65,536",
+        "1,048,576 bytes of shared memory",
+        "1024 columns of tensor memory",
+    ]
+
+
+def test_how_many_programs_a_multiprocessor_holds():
+    gpu = GPUS["sm_100"]
+    own = machine_code.Resources(97, 0, 30_000, 128, 256)
+    assert bound.programs(own, gpu) == 2  # 104 registers are given
+    assert bound.programs(own._replace(registers=32), gpu) == 4  # 512 columns of tensor memory
+    assert bound.programs(own._replace(registers=32, tensor_columns=0), gpu) == 7  # 228 KB
+    assert bound.programs(own._replace(registers=32, tensor_columns=0, shared=0), gpu) == 8
 
 
 def test_the_kernels_load_by_descriptors_where_the_target_has_them(reports):

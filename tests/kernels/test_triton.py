@@ -113,10 +113,12 @@ def test_asking_for_triton_where_it_cannot_run():
 
 
 def test_precision_follows_torch():
-    assert launch.precision(torch.bfloat16) == "ieee"
-    assert launch.precision(torch.float32) == "ieee"
+    cuda, hip = (launch.Target(kind, 0, 1) for kind in ("cuda", "hip"))
+    assert launch.precision(cuda, torch.bfloat16) == "tf32x3"  # of a LoRA's low rank
+    assert launch.precision(cuda, torch.float32) == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert launch.precision(torch.float32) == "tf32x3"
+        assert launch.precision(cuda, torch.float32) == "tf32x3"
+        assert launch.precision(hip, torch.float32) == "ieee"  # the only one that compiles
     finally:
         torch.set_float32_matmul_precision("highest")

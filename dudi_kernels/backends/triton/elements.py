@@ -1,7 +1,9 @@
 """Element-wise mathematics of the kernels, as device functions.
 
-Tiles are (BLOCK_N, BLOCK_V) fp32; what belongs to a row is (BLOCK_N, 1). A masked logit (-inf) or a
-column beyond the vocabulary is FLOOR, so that its probability is 0 and its products are 0, not NaN.
+Tiles are (BLOCK_N, BLOCK_V) fp32; what belongs to a row is (BLOCK_N, 1), or (BLOCK_N,) where a loop
+carries it: of a column, threads hold copies, which the compiler doesn't merge in a loop. A masked
+logit (-inf) or a column beyond the vocabulary is FLOOR, so that its probability is 0 and its
+products are 0, not NaN.
 """
 
 from __future__ import annotations
@@ -76,15 +78,15 @@ def online(top, total, first, tile, MASKED: tl.constexpr):
     """One more tile of a row's maximum `top`, `total` = sum exp(x - top) and `first` =
     sum exp(x - top) (x - top); also the factor by which older sums shrink, and the tile's
     exponentials and their sum."""
-    new = tl.maximum(top, tl.max(tile, 1)[:, None])
+    new = tl.maximum(top, tl.max(tile, 1))
     gap = tl.maximum(top - new, NOTHING)
     shrink = tl.exp(gap)
-    moved = tile - new
+    moved = tile - new[:, None]
     exponentials = tl.exp(moved)
     if MASKED:  # all of a tile may be
         exponentials = tl.where(tile > FLOOR, exponentials, 0.0)
-    first = shrink * (first + total * gap) + tl.sum(exponentials * moved, 1)[:, None]
-    own = tl.sum(exponentials, 1)[:, None]
+    first = shrink * (first + total * gap) + tl.sum(exponentials * moved, 1)
+    own = tl.sum(exponentials, 1)
     return new, shrink * total + own, first, shrink, exponentials, own
 
 

@@ -66,6 +66,7 @@ SUMS_FIELDS = 5
 def product(
     a, b, a_stride, b_stride, row, column, rows, columns, width, acc, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr = None,  # None: those of the launch
 ):
     """acc + a[row : row + BLOCK_N] @ b[column : column + BLOCK_V]^T."""
     if DESCRIPTORS:
@@ -82,7 +83,7 @@ def product(
         d = tl.arange(0, BLOCK_D)
         left_at = a + i.to(tl.int64)[:, None] * a_stride + d[None, :]
         right_at = b + j.to(tl.int64)[None, :] * b_stride + d[:, None]
-        for k in range(0, width, BLOCK_D):
+        for k in tl.range(0, width, BLOCK_D, num_stages=STAGES):
             inside = d < width - k
             left = tl.load(left_at, mask=(i < rows)[:, None] & inside[None, :], other=0.0)
             right = tl.load(right_at, mask=(j < columns)[None, :] & inside[:, None], other=0.0)
@@ -114,7 +115,7 @@ def side_tile(
         if LORA:
             tile = product(
                 low, lora, rank, lora_stride, row, column, rows, columns, rank, tile, False,
-                PRECISION, BLOCK_N, BLOCK_V, 16,
+                PRECISION, BLOCK_N, BLOCK_V, 16, 1,
             )
         if BIAS:
             tile += tl.load(bias + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
@@ -195,8 +196,8 @@ def statistics(
     """Online log-sum-exps and moments of both sides, target logits, and a KL's cross term."""
     row = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
-    i = row + tl.arange(0, BLOCK_N)[:, None]
-    zero = tl.zeros((BLOCK_N, 1), tl.float32)
+    i = row + tl.arange(0, BLOCK_N)
+    zero = tl.zeros((BLOCK_N,), tl.float32)
     nothing = zero + FLOOR
     s_top, s_tempered_top, t_top, t_tempered_top = nothing, nothing, nothing, nothing
     s_total, s_tempered_total, s_first, s_cross, s_target = zero, zero, zero, zero, zero
@@ -204,7 +205,7 @@ def statistics(
     unused = zero
     poles = tl.zeros((BLOCK_N,), tl.int32)
     if TARGETS:
-        own = tl.load(targets + first_row + i, mask=i < rows, other=-1)
+        own = tl.load(targets + first_row + i, mask=i < rows, other=-1).to(tl.int32)[:, None]
     start = split * tiles * BLOCK_V
     all_tiles = tl.cdiv(columns, BLOCK_V)
     for column in range(start, tl.minimum(start + tiles * BLOCK_V, columns), BLOCK_V):
@@ -218,7 +219,7 @@ def statistics(
                 PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
             )
             if TARGETS:
-                t_target += tl.sum(tl.where(j == own, raw, 0.0), 1)[:, None]
+                t_target += tl.sum(tl.where(j == own, raw, 0.0), 1)
             guide = floored(raw, column, columns, MASKED, BLOCK_V)
         if STUDENT:
             raw = side_tile(
@@ -228,7 +229,7 @@ def statistics(
                 PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
             )
             if TARGETS:
-                s_target += tl.sum(tl.where(j == own, raw, 0.0), 1)[:, None]
+                s_target += tl.sum(tl.where(j == own, raw, 0.0), 1)
             learner = floored(raw, column, columns, MASKED, BLOCK_V)
             s_top, s_total, s_first, s_shrink, s_exp, s_own = online(
                 s_top, s_total, s_first, learner, MASKED
@@ -256,13 +257,13 @@ def statistics(
                 mass = (t_tempered_top if T_TEMPERED else t_top) + tl.log(t_own)
                 store_mass(masses, TEACHER_MASS, tile, all_tiles, rows, i, mass)
             if GAPS:
-                gap = tl.max(tl.where(learner > FLOOR, learner - guide, FLOOR), 1)[:, None]
+                gap = tl.max(tl.where(learner > FLOOR, learner - guide, FLOOR), 1)
                 store_mass(masses, MASS_GAP, tile, all_tiles, rows, i, gap)
         if CHAIN == 1:
-            cross = tl.sum(t_exp * gap_of(guide, learner, MASKED), 1)[:, None]
+            cross = tl.sum(t_exp * gap_of(guide, learner, MASKED), 1)
             t_cross = t_cross * t_shrink + cross
         if CHAIN == 2:
-            cross = tl.sum(s_exp * gap_of(guide, learner, MASKED), 1)[:, None]
+            cross = tl.sum(s_exp * gap_of(guide, learner, MASKED), 1)
             s_cross = s_cross * s_shrink + cross
         if MASKED and CHAIN != 0:
             poles |= poles_of(learner, guide, j < columns)
@@ -284,7 +285,7 @@ def statistics(
         )
     if MASKED and CHAIN != 0:
         to = partials + POLES * field_stride + at
-        tl.store(to, poles[:, None].to(tl.float32), mask=i < rows)
+        tl.store(to, poles.to(tl.float32), mask=i < rows)
 
 
 # ---- partial rows put together -------------------------------------------------------------------
@@ -453,7 +454,7 @@ def sums(
     split = tl.program_id(1)
     i = row + tl.arange(0, BLOCK_N)[:, None]
     inside = i < rows
-    zero = tl.zeros((BLOCK_N, 1), tl.float32)
+    zero = tl.zeros((BLOCK_N,), tl.float32)
     divergence, g_sum, entropy, t_entropy = zero, zero, zero, zero
     poles = tl.zeros((BLOCK_N,), tl.int32)
     s_high, s_low_part = row_log_sum(s_log_sum, first_row + i, inside)
@@ -477,7 +478,7 @@ def sums(
             guide = floored(raw, column, columns, MASKED, BLOCK_V)
             lp = log_prob_of(guide, t_high, t_low_part)
             p = tl.exp(lp)
-            t_entropy -= tl.sum(p * lp, 1)[:, None]
+            t_entropy -= tl.sum(p * lp, 1)
         raw = side_tile(
             s_logits, s_hidden, s_weight, s_bias, s_low, s_lora, s_logits_stride, s_hidden_stride,
             s_weight_stride, s_lora_stride, row, column, rows, columns, s_width, s_rank, s_softcap,
@@ -487,20 +488,22 @@ def sums(
         learner = floored(raw, column, columns, MASKED, BLOCK_V)
         lq = log_prob_of(learner, s_high, s_low_part)
         q = tl.exp(lq)
-        entropy -= tl.sum(q * lq, 1)[:, None]
+        entropy -= tl.sum(q * lq, 1)
         if TERMS is not None:
             if S_TEMPERED or T_TEMPERED:
                 lq = log_prob_of(at_temperature(learner, s_inv_tau, True), sh, sl)
                 lp = log_prob_of(at_temperature(guide, t_inv_tau, True), th, tl_)
                 q, p = tl.exp(lq), tl.exp(lp)
             phi, g = terms_of(p, lp, q, lq, a, b, TERMS, HELPERS)
-            divergence += tl.sum(tl.where(there, phi, 0.0), 1)[:, None]
-            g_sum += tl.sum(tl.where(there, g, 0.0), 1)[:, None]
+            divergence += tl.sum(tl.where(there, phi, 0.0), 1)
+            g_sum += tl.sum(tl.where(there, g, 0.0), 1)
             if MASKED:
                 student = tl.max(((lq <= FLOOR) & (p > 0) & there).to(tl.int32), 1)
                 teacher = tl.max(((lp <= FLOOR) & (q > 0) & there).to(tl.int32), 1)
                 poles |= student + 2 * teacher
     field_stride = tl.num_programs(1).to(tl.int64) * rows
+    i = row + tl.arange(0, BLOCK_N)
+    inside = i < rows
     at = partials + split.to(tl.int64) * rows + i
     tl.store(at + ENTROPY * field_stride, entropy, mask=inside)
     if TERMS is not None:
@@ -508,7 +511,7 @@ def sums(
         tl.store(at + G_SUM * field_stride, g_sum, mask=inside)
         tl.store(at + TEACHER_ENTROPY * field_stride, t_entropy, mask=inside)
         if MASKED:
-            tl.store(at + SUMS_POLES * field_stride, poles[:, None].to(tl.float32), mask=inside)
+            tl.store(at + SUMS_POLES * field_stride, poles.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -623,7 +626,7 @@ def gradient(
             coefficient = tl.load(coefficients + at, mask=inside, other=0.0)
             pull = -coefficient * q
             if TARGETS:
-                own = tl.load(targets + at, mask=inside, other=-1) - first_column
+                own = tl.load(targets + at, mask=inside, other=-1).to(tl.int32) - first_column
                 target = tl.load(target_logits + at, mask=inside, other=0.0)
                 rest = minus_expm1(log_prob_of(target, s_high, s_low_part))
                 pull = tl.where(j == own, coefficient * rest, pull)

@@ -76,25 +76,31 @@ class Sides(NamedTuple):
 # ---- choices -------------------------------------------------------------------------------------
 
 
-def read_blocks() -> Blocks:
-    """For kernels that read logits: one row, a long piece of it."""
-    return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, 8, 2)
+def read_blocks(target: Target) -> Blocks:
+    """For kernels that read logits: one row, a piece of it, 8 logits a thread."""
+    return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, target.warps(512), 2)
 
 
-def fused_blocks(target: Target, dtype: torch.dtype, sums: bool) -> Blocks:
-    """For kernels that project: as large as registers hold without spills (aot.py tells), which
-    is less where a divergence's `sums` keep more."""
+def fused_blocks(
+    target: Target, dtype: torch.dtype, heavy: bool, lora: bool, aligned: bool
+) -> Blocks:
+    """For kernels that project: as large as registers hold without spills (aot tells), which is
+    less where they keep more beside both sides' tiles (`heavy`), have a product more, or a pointer
+    for each element."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
         return Blocks(64, 64, 16, 8, 2)
+    if target.kind == "hip":
+        return Blocks(128, 64, 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
+    halvings = 2 if lora or not aligned else int(heavy)
     match target.capability // 10:
         case 8:
-            return Blocks(64 if sums else 128, 64, 32, 8, 4)
+            return Blocks(128, max(32, 64 >> halvings), 32, 8, 4)
         case 9 | 10:
-            return Blocks(128, 64 if sums else 128, 64, 8, 4)
+            return Blocks(128, 128 >> halvings, 64 if aligned else 32, 8, 4)
         case _:
             return Blocks(128, 64, 64, 8, 2)
 
@@ -105,6 +111,9 @@ class Target(NamedTuple):
     kind: str  # "cuda", "hip", "xpu", or "interpreter"
     capability: int  # 90 for 9.0; 0 where there is none
     units: int  # multiprocessors
+
+    def warps(self, threads: int) -> int:
+        return threads // (64 if self.kind == "hip" else 32)
 
 
 @functools.lru_cache(maxsize=16)
@@ -144,10 +153,13 @@ def jitted(terms: Callable[..., Any]) -> Any:
     return terms if INTERPRETED else triton.jit(terms)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of fp32 products, as torch was told; half precision is exact in any case."""
+def precision(target: Target, dtype: torch.dtype) -> str:
+    """Of fp32 products, as torch was told; products of half precision are exact in any case, and
+    with them a LoRA's low rank, which is fp32, stays on the tensor cores."""
+    if target.kind == "hip":
+        return "ieee"  # has tensor cores for it, and nothing in between
     if dtype != torch.float32:
-        return "ieee"
+        return "tf32x3"
     by_name = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
     return by_name[torch.get_float32_matmul_precision()]
 
@@ -202,12 +214,17 @@ def _describe(arguments: dict[str, Any], blocks: Blocks) -> None:
     arguments["DESCRIPTORS"] = True
 
 
+def _aligned(side: Side) -> bool:
+    """Whether rows begin where 16 bytes can be loaded at once."""
+    return side.hidden.shape[1] * side.hidden.element_size() % 16 == 0
+
+
 def _describable(tensor: Tensor) -> bool:
     aligned = tensor.stride(0) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
     return aligned and tensor.numel() > 0
 
 
-def _flags(sides: Sides, setting: Setting) -> dict[str, Any]:
+def _flags(sides: Sides, setting: Setting, target: Target) -> dict[str, Any]:
     found: dict[str, Any] = {
         "MASKED": setting.masked,
         "S_TEMPERED": setting.inv_tau != 1.0,
@@ -225,7 +242,7 @@ def _flags(sides: Sides, setting: Setting) -> dict[str, Any]:
         }
     if sides.fused:
         assert sides.student.side is not None
-        found["PRECISION"] = precision(sides.student.side.hidden.dtype)
+        found["PRECISION"] = precision(target, sides.student.side.hidden.dtype)
     return found
 
 
@@ -250,22 +267,32 @@ class Launcher:
 
     # ---- parts of the arguments ------------------------------------------------------------------
 
-    def _blocks(self, sums: bool = False) -> Blocks:
+    def _blocks(self, kernel: Any) -> Blocks:
         if not self.sides.fused:
-            return read_blocks()
-        assert self.sides.student.side is not None
-        return fused_blocks(self.target, self.sides.student.side.hidden.dtype, sums)
+            return read_blocks(self.target)
+        sides = [source.side for source in self.sides if source is not None and source.side]
+        heavy = self.setting.masked or any(side.head.softcap is not None for side in sides)
+        if kernel is not kernels.gradient:  # which carries nothing from tile to tile
+            taus = self.setting.inv_tau, self.setting.teacher_inv_tau
+            heavy = heavy or kernel is kernels.sums or taus != (1.0, 1.0)
+        return fused_blocks(
+            self.target,
+            sides[0].hidden.dtype,
+            heavy,
+            lora=any(side.head.lora is not None for side in sides),
+            aligned=all(map(_aligned, sides)),
+        )
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
         return -(-self.rows // blocks.rows), -(-self.columns // blocks.columns)
 
     def _common(self, teacher: bool, blocks: Blocks) -> dict[str, Any]:
-        setting = self.setting
+        setting, target = self.setting, self.target
         found = {
             **_source_arguments("s", self.sides.student),
             **_source_arguments("t", self.sides.teacher if teacher else None),
-            **_flags(self.sides if teacher else Sides(self.sides.student, None), setting),
+            **_flags(self.sides if teacher else self.sides._replace(teacher=None), setting, target),
             "rows": self.rows,
             "first_row": self.first_row,
             "columns": self.columns,
@@ -277,7 +304,7 @@ class Launcher:
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
-        if self.sides.fused and wants_descriptors(self.target):
+        if self.sides.fused and wants_descriptors(target):
             _describe(found, blocks)
         return found
 
@@ -344,7 +371,7 @@ class Launcher:
         entropies too and the divergence where it has a chain."""
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
-        blocks = self._blocks()
+        blocks = self._blocks(kernels.statistics)
         shared = {
             "STUDENT": student,
             "TEACHER": teacher,
@@ -377,7 +404,7 @@ class Launcher:
 
     def sums(self, measure: Measure | None) -> None:
         """Divergence, sum of g and entropies, added to the state."""
-        blocks = self._blocks(sums=True)
+        blocks = self._blocks(kernels.sums)
         partials = self._sweep(
             kernels.sums,
             kernels.SUMS_FIELDS,
@@ -395,11 +422,12 @@ class Launcher:
 
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the tiles that have a mass, and may be live."""
-        return self._blocks()[:2]
+        return self._blocks(kernels.statistics)[:2]
 
     def gradient(self, measure: Measure | None, out: Tensor, live: Tensor | None = None) -> None:
         """Of the raw logits, into `out` (R, B); of tiles (blocks of rows, T) that are live."""
-        state, targets, blocks = self.state, self.setting.targets, self._blocks()
+        state, targets = self.state, self.setting.targets
+        blocks = self._blocks(kernels.gradient if live is None else kernels.statistics)
         run(
             self.sides.device,
             kernels.gradient,
