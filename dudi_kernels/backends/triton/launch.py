@@ -267,12 +267,15 @@ class Launcher:
 
     # ---- parts of the arguments ------------------------------------------------------------------
 
-    def _blocks(self, kernel: Any) -> Blocks:
+    def _blocks(self, kernel: Any, skipping: bool = False) -> Blocks:
+        """Of all kernels the same where tiles are skipped: they say what a tile is."""
         if not self.sides.fused:
             return read_blocks(self.target)
         sides = [source.side for source in self.sides if source is not None and source.side]
         heavy = self.setting.masked or any(side.head.softcap is not None for side in sides)
-        if kernel is not kernels.gradient:  # which carries nothing from tile to tile
+        if skipping:
+            heavy = True
+        elif kernel is not kernels.gradient:  # which carries nothing from tile to tile
             taus = self.setting.inv_tau, self.setting.teacher_inv_tau
             heavy = heavy or kernel is kernels.sums or taus != (1.0, 1.0)
         return fused_blocks(
@@ -371,7 +374,7 @@ class Launcher:
         entropies too and the divergence where it has a chain."""
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
-        blocks = self._blocks(kernels.statistics)
+        blocks = self._blocks(kernels.statistics, masses is not None)
         shared = {
             "STUDENT": student,
             "TEACHER": teacher,
@@ -422,12 +425,12 @@ class Launcher:
 
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the tiles that have a mass, and may be live."""
-        return self._blocks(kernels.statistics)[:2]
+        return self._blocks(kernels.statistics, skipping=True)[:2]
 
     def gradient(self, measure: Measure | None, out: Tensor, live: Tensor | None = None) -> None:
         """Of the raw logits, into `out` (R, B); of tiles (blocks of rows, T) that are live."""
         state, targets = self.state, self.setting.targets
-        blocks = self._blocks(kernels.gradient if live is None else kernels.statistics)
+        blocks = self._blocks(kernels.gradient, live is not None)
         run(
             self.sides.device,
             kernels.gradient,
