@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dudi_kernels.autograd import no_autocast
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ERROR = {torch.float32: 1e-3}  # of the norm, between check's logits and the model's
 MAX_ERROR_HALF = 2e-2  # the model rounds its own logits
@@ -49,7 +51,9 @@ class LoRA:
             )
 
     def low(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., r)
-        return nn.functional.linear(hidden.to(self.a.dtype), self.a) * self.scaling
+        """fp32, also under autocast: rounded, it is what a close pair's gradient is made of."""
+        with no_autocast(hidden.device):
+            return nn.functional.linear(hidden.float(), self.a.float()) * self.scaling
 
 
 @dataclass(frozen=True, eq=False, repr=False)

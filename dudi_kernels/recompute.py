@@ -248,10 +248,13 @@ class RowWise(torch.autograd.Function):
         others = () if job.teacher is None else inputs_of(job.teacher)
         ctx.save_for_backward(*inputs, *others)  # a change in between is an error
         ctx.job, ctx.state = job, state
-        ctx.mark_non_differentiable(state.teacher_entropy)
-        ctx.set_materialize_grads(False)
         log_prob = state.log_prob if job.targets is not None else torch.zeros_like(state.weight)
-        return state.divergence, log_prob, state.entropy, state.teacher_entropy
+        # copies: backward reads the state, and a state that held results would never be freed
+        own = (t.clone() for t in (state.divergence, state.entropy, state.teacher_entropy))
+        divergence, entropy, teacher_entropy = own
+        ctx.mark_non_differentiable(teacher_entropy)
+        ctx.set_materialize_grads(False)
+        return divergence, log_prob, entropy, teacher_entropy
 
     @staticmethod
     @first_order
@@ -280,7 +283,9 @@ class Part(NamedTuple):
         return values if self.rows is None else values.index_select(0, self.rows)
 
     def put(self, whole: Tensor, own: Tensor) -> Tensor:
-        return own if self.rows is None else whole.index_copy_(0, self.rows, own.to(whole.dtype))
+        if self.rows is None:
+            return whole.copy_(own)
+        return whole.index_copy_(0, self.rows, own.to(whole.dtype))
 
 
 class Streamed(torch.autograd.Function):
