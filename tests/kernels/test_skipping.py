@@ -201,14 +201,14 @@ def test_choice():
     nan = torch.nan
     bounds = torch.tensor([[0.4, 0.1, 0.0, 1.5], [0.5, 0.6, 0.7, 0.8], [nan, 0.0, 0.01, 9.0]])
     blocks = Blocks(bounds, torch.tensor([2.0, 2.0, 1.0]), torch.zeros(3, 4), 2, 1)
-    live, values, weight = choose(setting, state, slice(0, 5), blocks, 0.3)
-    assert live.tolist() == [
+    choice = choose(setting, state, slice(0, 5), blocks, 0.3)
+    assert choice.live.tolist() == [
         [False, False, False, True],
         [False, True, True, True],
         [True, False, False, True],
     ]
     tally = Tally(torch.device("cpu"))
-    tally.add((live, values, weight), blocks, 5, 4)
+    tally.add(choice, blocks, 5, 4)
     assert float(tally.result().skipped) == pytest.approx((2 * 3 + 2 * 1 + 1 * 2) / 20)
     assert float(tally.result().dropped) == pytest.approx((0.5 + 0.5 + 0.01) / 5, rel=1e-2)
 
@@ -226,4 +226,4 @@ def test_refusals():
             linear_distill_loss(*arguments, gradient_tolerance=wrong)
     top = TopKTeacher(torch.zeros(ROWS, 1, dtype=torch.long), torch.full((ROWS, 1), -1.0))
     with pytest.raises(ValueError, match="gradient_tolerance must be 0 with a TopKTeacher"):
-        linear_distill_loss(*arguments[:2], top, gradient_tolerance=0.1)
+        linear_distill_loss(arguments[0], arguments[1], top, gradient_tolerance=0.1)
