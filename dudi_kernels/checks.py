@@ -119,10 +119,19 @@ def gradient_tolerance(value: float, student: Rows) -> None:
         )
 
 
-def pair_of_sides(student: Rows, teacher: Rows) -> None:
-    rows, others = len(student.hidden), len(teacher.hidden)
+def _same_rows(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Equal leading shapes, or one of them flat: row i belongs to row i."""
+    rows, others = math.prod(wanted), math.prod(given)
     if rows != others:
-        raise ValueError(f"teacher_hidden must have {rows} rows as student_hidden, got {others}")
+        raise ValueError(f"{name} must have {rows} rows as student_hidden, got {others}")
+    if given != wanted and len(given) != 1 and len(wanted) != 1:
+        raise ValueError(
+            f"{name} must have the leading shape {wanted} of student_hidden or be flat, got {given}"
+        )
+
+
+def pair_of_sides(student: Rows, teacher: Rows) -> None:
+    _same_rows("teacher_hidden", teacher.shape, student.shape)
     device, other = student.hidden.device, teacher.hidden.device
     if device != other:
         raise ValueError(f"teacher_hidden must be on {device} as student_hidden is, got {other}")
@@ -146,11 +155,7 @@ def top_k(
             f"own, got {temperatures}"
         )
     ids, log_probs = teacher.ids.flatten(0, -2), teacher.log_probs.detach().flatten(0, -2)
-    if len(ids) != len(student.hidden):
-        raise ValueError(
-            f"the TopKTeacher must have {len(student.hidden)} rows as student_hidden, "
-            f"got {len(ids)}"
-        )
+    _same_rows("the TopKTeacher", tuple(teacher.ids.shape[:-1]), student.shape)
     device = student.hidden.device
     if not ids.device == log_probs.device == device:
         raise ValueError(f"the TopKTeacher must be on {device} as student_hidden is")

@@ -77,10 +77,13 @@ def plan_memory(
         rows, vocab_size, widths, dtype.itemsize, convert, packing, train_hidden, train_weight
     )
     if per_row:
-        block, tile_rows = plan_block(rows, budget=memory_budget, **settings)
+        by_rows = teacher_width is not None and measure.adaptive
+        block, tile_rows = plan_block(
+            rows, budget=memory_budget, whole_rows=vocab_size if by_rows else 0, **settings
+        )
         once = teacher_width is None or measure.chain is not None or measure.adaptive
         by_block = _recompute(call, block, tile_rows * settings["temporaries"], 1 if once else 2)
-        if teacher_width is None or not measure.adaptive:
+        if not by_rows:
             return by_block
         by_row = _without_gradients(call, settings, memory_budget)
         return by_block._replace(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dudi_kernels.autograd import no_autocast
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ERROR = {torch.float32: 1e-3}  # of the norm, between check's logits and the model's
 MAX_ERROR_HALF = 2e-2  # the model rounds its own logits
@@ -49,7 +51,9 @@ class LoRA:
             )
 
     def low(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., r)
-        return nn.functional.linear(hidden.to(self.a.dtype), self.a) * self.scaling
+        """fp32, also under autocast: rounded, it is what a close pair's gradient is made of."""
+        with no_autocast(hidden.device):
+            return nn.functional.linear(hidden.float(), self.a.float()) * self.scaling
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,11 +64,11 @@ class LMHead:
 
         logits = hidden @ weight.T + bias + lora.scaling * (hidden @ lora.a.T) @ lora.b.T
         logits = softcap * tanh(logits / softcap)
-        logits = logits * scale
+        logits = logits.masked_fill(bias == -inf, -inf) * scale
 
     Args:
         weight: (V, D), float32, bfloat16 or float16.
-        bias: (V,) or None; `-inf` entries mask tokens.
+        bias: (V,) or None; `-inf` entries mask tokens, also under a softcap.
         softcap: the bound of a tanh on the logits (Gemma), or None.
         scale: a factor on the logits (Cohere; Granite divides, so 1 / logits_scaling).
         lora: a low-rank adapter of the head (peft), or None; trained without building W + B A.
@@ -160,6 +164,8 @@ class LMHead:
             out = out + nn.functional.linear(low, self.lora.b.to(low.dtype)).to(out.dtype)
         if self.softcap is not None:
             out = self.softcap * torch.tanh(out / self.softcap)
+            if self.bias is not None:
+                out = out.masked_fill(self.bias == -torch.inf, -torch.inf)
         return out * self.scale
 
     @classmethod

@@ -50,17 +50,9 @@ def plan_retain(
         ValueError: the budget does not hold one row; says the least that works.
     """
     row = vocab_size * FP32
-    fixed = 2 * min(BLOCK, vocab_size) * max(widths) * FP32 if convert else 0
-    chunk_row = len(widths) * row + (sum(widths) * FP32 if convert else 0)
-    if convert:
-        chunk_row += min(BLOCK, vocab_size) * FP32
-    tile_row = TEMPORARIES * row if temporaries else 0
+    fixed, chunk_row, tile_row = _row_bytes(vocab_size, widths, convert, temporaries)
     least = fixed + chunk_row + tile_row
-    if budget < least:
-        raise ValueError(
-            f"memory_budget must be at least {least:,} bytes for a vocabulary of {vocab_size:,}, "
-            f"got {budget:,}"
-        )
+    _check(budget, least, f"a vocabulary of {vocab_size:,}")
 
     def plan(left: int) -> Plan:
         most = left // (chunk_row + tile_row)  # tiles as long as chunks
@@ -73,6 +65,25 @@ def plan_retain(
         return most
     held = packing(most.chunk_rows, vocab_size)
     return plan(max(budget - held, budget // 2, least))  # a little more where the budget is tiny
+
+
+def _row_bytes(
+    vocab_size: int, widths: tuple[int, ...], convert: bool, temporaries: bool
+) -> tuple[int, int, int]:
+    """What *retain* holds whatever its chunks are, for each row of a chunk, and of a tile."""
+    row = vocab_size * FP32
+    if not convert:
+        return 0, len(widths) * row, TEMPORARIES * row * temporaries
+    block = min(BLOCK, vocab_size) * FP32
+    chunk_row = len(widths) * row + sum(widths) * FP32 + block
+    return 2 * block * max(widths), chunk_row, TEMPORARIES * row * temporaries
+
+
+def _check(budget: int, least: int, what: str) -> None:
+    if budget < least:
+        raise ValueError(
+            f"memory_budget must be at least {least:,} bytes for {what}, got {budget:,}"
+        )
 
 
 def _tile_bytes(budget: int, cached: bool) -> int:
@@ -103,26 +114,30 @@ def plan_block(
     packing: Packing | None = None,
     cached: bool = True,
     temporaries: bool = True,
+    whole_rows: int = 0,
 ) -> tuple[int, int]:
     """Columns a vocabulary block of *recompute*, and rows a tile.
 
+    `whole_rows`: the vocabulary, where a *retain* sweep shall fit the budget as well.
+
     Raises:
-        ValueError: the budget does not hold one column; says the least that works.
+        ValueError: the budget does not hold one column (or whole row); says the least that works.
     """
     rows = max(rows, 1)
+    fixed = rows * sum(widths) * FP32 if convert else 0
     column = len(widths) * rows * FP32 + (3 if convert else 1) * max(widths) * FP32
+    if temporaries:
+        column += TEMPORARIES * FP32  # a tile of one row
+    least = max(fixed + column, sum(_row_bytes(whole_rows, widths, convert, temporaries)))
+    what = f"{rows:,} rows" + (f" and a vocabulary of {whole_rows:,}" if whole_rows else "")
+    _check(budget, least, what)
+    left = budget - fixed
     tile_bytes = 0
     if temporaries:
-        tile_bytes = min(_tile_bytes(budget, cached), budget // (2 * TEMPORARIES))
-        column += TEMPORARIES * FP32  # a tile of one row
-    if convert:
-        budget -= rows * sum(widths) * FP32
-    if budget < column:
-        raise ValueError(
-            f"memory_budget must be at least {column:,} bytes for {rows:,} rows, got {budget:,}"
-        )
-    left = budget - TEMPORARIES * tile_bytes
-    block = min(BLOCK, left // column)
+        tile_bytes = min(_tile_bytes(budget, cached), left // (2 * TEMPORARIES))
+    beside = left - TEMPORARIES * tile_bytes
+    block = max(1, min(BLOCK, beside // column))
     if packing is not None:
-        block = min(BLOCK, max(left - packing(rows, block), left // 2, column) // column)
-    return block, max(1, min(rows, tile_bytes // (block * FP32)))
+        block = min(BLOCK, max(beside - packing(rows, block), beside // 2, column) // column)
+    most = 1 + (left - block * column) // (TEMPORARIES * block * FP32)
+    return block, max(1, min(rows, tile_bytes // (block * FP32), most))

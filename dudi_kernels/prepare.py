@@ -219,7 +219,13 @@ def make_job(
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, [measure], backend)
-    block, tile_rows = plan_block(len(student.hidden), budget=memory_budget, **layout)
+    by_rows = measure is not None and measure.adaptive
+    block, tile_rows = plan_block(
+        len(student.hidden),
+        budget=memory_budget,
+        whole_rows=student.head.vocab_size if by_rows else 0,
+        **layout,
+    )
     return Job(
         student=student,
         teacher=teacher,
@@ -231,9 +237,7 @@ def make_job(
         block=block,
         tile_rows=tile_rows,
         row_plan=(
-            make_plan(student, teacher, [measure], backend, memory_budget)
-            if measure is not None and measure.adaptive
-            else None
+            make_plan(student, teacher, [measure], backend, memory_budget) if by_rows else None
         ),
         backend=backend,
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
-from dudi_kernels.divergences import Chain, Measure
+from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan
 from dudi_kernels.skipping import Blocks, Tally, choose
 from dudi_kernels.sweep import (
@@ -166,50 +166,32 @@ def _by_rows(job: Job, plan: Plan) -> RowState:
 
 # ---- one pass by the chain rule ------------------------------------------------------------------
 
+SUMS = ("entropy", "teacher_entropy", "divergence")  # of log-sum-exps' precision on the way
+Two = tuple[Tensor, Tensor]  # (N,) of earlier columns and of a block
+
 
 def _one_pass(blocks: Stream, state: RowState) -> None:
-    """Statistics and sums of each block by itself, put together at the end."""
-    taught = blocks.job.teacher is not None
-    alone = []
+    """Statistics and sums of each block by itself, put together with those of earlier columns."""
+    job, wide = blocks.job, state.log_sum.dtype
+    whole = replace(state, **{name: getattr(state, name).to(wide) for name in SUMS})
     for tile, _ in blocks.blocks():
         own = RowState.fresh(state.weight)
-        blocks.steps(own, tile, Steps(True, taught, sums=True))
-        if blocks.job.targets is not None:
-            inside = _inside(blocks.job.targets, tile)
+        blocks.steps(own, tile, Steps(True, job.teacher is not None, sums=True))
+        if job.targets is not None:
+            inside = _inside(job.targets, tile)
             for name in ("target", "teacher_target"):
-                whole, local = getattr(state, name), getattr(own, name)
-                whole.copy_(torch.where(inside, local, whole))
-        state.poles |= own.poles
-        alone.append(own)
-    if not alone:
+                older, local = getattr(state, name), getattr(own, name)
+                older.copy_(torch.where(inside, local, older))
+        _put_together(whole, own, job.measure)
+    for name in SUMS:
+        getattr(state, name).copy_(getattr(whole, name))
+    if job.measure is None:
         return
-
-    def stack(name: str) -> Tensor:  # (blocks, N)
-        return torch.stack([getattr(own, name) for own in alone])
-
-    for name in ("log_sum", "tempered_log_sum", "teacher_log_sum", "teacher_tempered_log_sum"):
-        getattr(state, name).copy_(torch.logsumexp(stack(name), 0))
-    state.entropy.copy_(_whole_entropy(stack("entropy"), stack("log_sum"), state.log_sum))
-    if blocks.job.measure is None:
-        return
-    teacher_entropy = _whole_entropy(
-        stack("teacher_entropy"), stack("teacher_log_sum"), state.teacher_log_sum
-    )
-    state.teacher_entropy.copy_(teacher_entropy)
-    chain = blocks.job.measure.chain
+    chain = job.measure.chain
     assert chain is not None
-    student = stack("tempered_log_sum") - state.tempered_log_sum
-    teacher = stack("teacher_tempered_log_sum") - state.teacher_tempered_log_sum
-    state.divergence.copy_(_whole_kl(stack("divergence"), teacher, student, chain))
     state.g_sum.fill_(chain.offset)
     if chain.slope:  # no 0 * inf
         state.g_sum.add_(state.divergence, alpha=chain.slope)
-    for pole, masked, other in (
-        (STUDENT_POLE, student, teacher),
-        (TEACHER_POLE, teacher, student),
-    ):
-        hit = ((masked == -torch.inf) & (other > -torch.inf)).any(0)
-        state.poles |= hit.int() * pole
 
 
 def _inside(targets: Tensor, tile: Tile) -> Tensor:
@@ -217,19 +199,53 @@ def _inside(targets: Tensor, tile: Tile) -> Tensor:
     return (local >= 0) & (local < tile.student.shape[1])
 
 
-def _whole_entropy(entropies: Tensor, log_sums: Tensor, log_sum: Tensor) -> Tensor:
+def _put_together(whole: RowState, own: RowState, measure: Measure | None) -> None:
+    """A block's statistics and sums into those of earlier columns."""
+    shares = _shares(whole.log_sum, own.log_sum)
+    whole.entropy.copy_(_entropy((whole.entropy, own.entropy), shares))
+    shares = _shares(whole.teacher_log_sum, own.teacher_log_sum)
+    student = _shares(whole.tempered_log_sum, own.tempered_log_sum)
+    teacher = _shares(whole.teacher_tempered_log_sum, own.teacher_tempered_log_sum)
+    if measure is None:
+        return
+    assert measure.chain is not None
+    whole.teacher_entropy.copy_(_entropy((whole.teacher_entropy, own.teacher_entropy), shares))
+    first, second = (teacher, student) if measure.chain.teacher_first else (student, teacher)
+    whole.divergence.copy_(_kl((whole.divergence, own.divergence), first, second))
+    whole.poles.bitwise_or_(own.poles)
+    for pole, masked, other in (
+        (STUDENT_POLE, student[1], teacher[1]),
+        (TEACHER_POLE, teacher[1], student[1]),
+    ):
+        hit = (masked == -torch.inf) & (other > -torch.inf)
+        whole.poles.bitwise_or_(hit.int() * pole)
+
+
+def _shares(whole: Tensor, own: Tensor) -> Two:
+    """Logs of what earlier columns and a block have of the sum, which takes the block in."""
+    older = whole.clone()
+    torch.logaddexp(older, own, out=whole)
+    first, second = (torch.where(part == -torch.inf, part, part - whole) for part in (older, own))
+    return first, second
+
+
+def _entropy(entropies: Two, log_shares: Two) -> Tensor:
     """H = sum_b w_b (H_b - log w_b)."""
-    log_weight = log_sums - log_sum
-    own = log_weight.exp() * (entropies - log_weight)
-    return torch.where(log_weight == -torch.inf, 0, own).sum(0)
+    older, own = (
+        torch.where(w == -torch.inf, 0, w.exp() * (entropy - w))
+        for entropy, w in zip(entropies, log_shares, strict=True)
+    )
+    return older + own
 
 
-def _whole_kl(values: Tensor, teacher: Tensor, student: Tensor, chain: Chain) -> Tensor:
-    """D = sum_b w_b (D_b + log w_b - log v_b); a block that one side masks whole has no D_b."""
-    first, second = (teacher, student) if chain.teacher_first else (student, teacher)
-    values = torch.where(second == -torch.inf, 0, values)
-    own = first.exp() * (values + first - second)
-    return torch.where(first == -torch.inf, 0, own).sum(0)
+def _kl(values: Two, first: Two, second: Two) -> Tensor:
+    """D = sum_b w_b (D_b + log w_b - log v_b); a block that one side masks whole has no D_b: a pole
+    says what it is worth."""
+    older, own = (
+        torch.where((w == -torch.inf) | (v == -torch.inf), 0, w.exp() * (value + w - v))
+        for value, w, v in zip(values, first, second, strict=True)
+    )
+    return older + own
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -248,10 +264,13 @@ class RowWise(torch.autograd.Function):
         others = () if job.teacher is None else inputs_of(job.teacher)
         ctx.save_for_backward(*inputs, *others)  # a change in between is an error
         ctx.job, ctx.state = job, state
-        ctx.mark_non_differentiable(state.teacher_entropy)
-        ctx.set_materialize_grads(False)
         log_prob = state.log_prob if job.targets is not None else torch.zeros_like(state.weight)
-        return state.divergence, log_prob, state.entropy, state.teacher_entropy
+        # copies: backward reads the state, and a state that held results would never be freed
+        own = (t.clone() for t in (state.divergence, state.entropy, state.teacher_entropy))
+        divergence, entropy, teacher_entropy = own
+        ctx.mark_non_differentiable(teacher_entropy)
+        ctx.set_materialize_grads(False)
+        return divergence, log_prob, entropy, teacher_entropy
 
     @staticmethod
     @first_order
@@ -280,7 +299,9 @@ class Part(NamedTuple):
         return values if self.rows is None else values.index_select(0, self.rows)
 
     def put(self, whole: Tensor, own: Tensor) -> Tensor:
-        return own if self.rows is None else whole.index_copy_(0, self.rows, own.to(whole.dtype))
+        if self.rows is None:
+            return whole.copy_(own)
+        return whole.index_copy_(0, self.rows, own.to(whole.dtype))
 
 
 class Streamed(torch.autograd.Function):

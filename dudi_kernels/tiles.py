@@ -136,6 +136,16 @@ def log_probs(logits: Tensor, log_sum: Tensor, inv_tau: float, masked: bool) -> 
     return values.clamp_(min=FLOOR) if masked else values
 
 
+def slope(logits: Tensor, setting: Setting) -> Tensor | float | None:
+    """d logit / d raw logit through softcap and scale; None is 1."""
+    if setting.softcap is None:
+        return setting.scale if setting.scale != 1.0 else None
+    capped = logits / (setting.softcap * setting.scale)
+    if setting.masked:  # past the cap
+        capped.masked_fill_(logits == -torch.inf, 0)
+    return capped.square_().neg_().add_(1).mul_(setting.scale)
+
+
 def helpers(
     measure: Measure, p: Tensor, lp: Tensor, q: Tensor, lq: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -27,6 +27,7 @@ from dudi_kernels.tiles import (
     Tile,
     helpers,
     infinite_mask,
+    slope,
     smooth_mask,
 )
 
@@ -171,7 +172,5 @@ class TopKSweep:
         return (by_mass * q)[:, :-1].float(), by_mass[:, -1].float()
 
     def _slope(self, logits: Tensor) -> Tensor | float:
-        head = self.task.student.head
-        if head.softcap is None:
-            return head.scale
-        return head.scale * (1 - (logits / (head.softcap * head.scale)).square())
+        found = slope(logits, self.setting)
+        return 1.0 if found is None else found

@@ -87,6 +87,8 @@ def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32
         out.add_(head.bias)
     if head.softcap is not None:
         out.div_(head.softcap).tanh_().mul_(head.softcap)
+        if head.bias is not None:
+            out.masked_fill_(head.bias == -torch.inf, -torch.inf)
     if head.scale != 1.0:
         out.mul_(head.scale)
     return out

@@ -23,6 +23,7 @@ from dudi_kernels.tiles import (
     Tile,
     helpers,
     log_probs,
+    slope,
     smooth_mask,
 )
 
@@ -144,7 +145,7 @@ def _gradient(
 ) -> None:
     """w (g - q sum g) + c (onehot - q1) - e q1 (log q1 + H), through softcap and scale."""
     logits = tile.student
-    slope = _slope(logits, setting)
+    factor = slope(logits, setting)
     if q is None or g is None:
         logits.zero_()
     else:
@@ -164,13 +165,5 @@ def _gradient(
     if state.entropy_weight is not None:
         surprise = lq1.add_(state.entropy[own, None]).mul_(q1)
         logits.addcmul_(surprise, state.entropy_weight[own, None], value=-1)
-    if slope is not None:
-        logits.mul_(slope)
-
-
-def _slope(logits: Tensor, setting: Setting) -> Tensor | float | None:
-    """d logit / d raw logit through softcap and scale."""
-    if setting.softcap is None:
-        return setting.scale if setting.scale != 1.0 else None
-    capped = logits / (setting.softcap * setting.scale)
-    return capped.square_().neg_().add_(1).mul_(setting.scale)
+    if factor is not None:
+        logits.mul_(factor)

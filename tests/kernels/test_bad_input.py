@@ -9,6 +9,7 @@ import torch
 
 from dudi_kernels import (
     LMHead,
+    TopKTeacher,
     linear_cross_entropy,
     linear_distill_loss,
     linear_dudi_loss,
@@ -59,6 +60,21 @@ DISTILL = [
         "teacher_hidden must have 6 rows as student_hidden, got 5",
     ),
     (
+        {"student_hidden": torch.randn(2, 3, D), "teacher_hidden": torch.randn(3, 2, E)},
+        ValueError,
+        "teacher_hidden must have the leading shape (2, 3) of student_hidden or be flat, "
+        "got (3, 2)",
+    ),
+    (
+        {
+            "student_hidden": torch.randn(2, 3, D),
+            "teacher_hidden": TopKTeacher(torch.zeros(3, 2, 1).long(), torch.zeros(3, 2, 1)),
+            "teacher_head": None,
+        },
+        ValueError,
+        "the TopKTeacher must have the leading shape (2, 3) of student_hidden",
+    ),
+    (
         {"teacher_head": torch.randn(24, E)},
         ValueError,
         "student_head has 20 rows, teacher_head 24. If the tokenizer is the same",
@@ -97,6 +113,16 @@ DISTILL = [
 @pytest.mark.parametrize(("change", "error", "message"), DISTILL, ids=lambda v: str(v)[:40])
 def test_distill(change, error, message):
     refuses(linear_distill_loss, {**arguments(), **change}, error, message)
+
+
+def test_one_side_may_be_flat():
+    given = arguments()
+    want = linear_distill_loss(**given).loss
+    for name in ("student_hidden", "teacher_hidden"):
+        shaped = {**given, name: given[name].view(2, 3, -1)}
+        if name == "student_hidden":
+            shaped["targets"] = given["targets"].view(2, 3)
+        assert linear_distill_loss(**shaped).loss == want
 
 
 DUDI = [

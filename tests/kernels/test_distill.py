@@ -199,9 +199,9 @@ def test_nothing_counts(rows, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_tokens_masked_by_both_sides_are_not_there(divergence, temperature, backend):
-    student, teacher = sides(SHAPES[0], bias=True)
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.3, None), (1.0, 4.0)])
+def test_tokens_masked_by_both_sides_are_not_there(divergence, temperature, softcap, backend):
+    student, teacher = sides(SHAPES[0], bias=True, softcap=softcap)
     masked = torch.arange(301) % 4 == 0
     targets = torch.full((37,), 1)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_tokens_masked_by_both_sides_are_not_there(divergence, temperature, back
     )
     got.loss.backward()
     want, guide = (
-        Side(s.hidden, s.weight[~masked], s.bias[~masked], None, 1.0).double()
+        Side(s.hidden, s.weight[~masked], s.bias[~masked], softcap, 1.0).double()
         for s in (student, teacher)
     )
     loss, per_row = textbook(
@@ -314,8 +314,9 @@ def test_infinite_rows_of_forward_kl_keep_their_gradient():
     assert distill(student, teacher, token_weight=weight).loss.isfinite()
 
 
-def test_a_masked_target_is_impossible():
-    student, teacher = sides(SHAPES[0], bias=True)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_a_masked_target_is_impossible(softcap):
+    student, teacher = sides(SHAPES[0], bias=True, softcap=softcap)
     with torch.no_grad():
         student.bias[3] = teacher.bias[3] = -torch.inf
     targets = torch.full((37,), 3)

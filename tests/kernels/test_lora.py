@@ -97,6 +97,35 @@ def test_matches_the_merged_head(name, dtype):
         assert error(value.grad, true.grad) < RTOL[dtype]
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("function", [linear_distill, linear_distill_loss])
+def test_a_close_pair(function, autocast):
+    """A teacher a percent away, without the factors: nothing cancels what is rounded in A's."""
+    random = torch.Generator().manual_seed(3)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=random) * scale).bfloat16()
+
+    hidden, weight = draw(64, 256), draw(3000, 256, scale=0.1)
+    a, b = draw(32, 256, scale=0.06), draw(3000, 32, scale=0.1)
+    merged = weight.double() + 2 * b.double() @ a.double()
+    teacher = (merged * (1 + 0.01 * torch.randn(3000, 256, generator=random))).float()
+    leaves = [t.double().requires_grad_() for t in (hidden, a, b)]
+    wide, wide_a, wide_b = leaves
+    s = wide @ (weight.double() + 2 * wide_b @ wide_a).T
+    t = hidden.double() @ teacher.double().T
+    oracle.kl(t.softmax(-1), s.softmax(-1)).mean().backward()
+    if autocast:
+        hidden, weight, a, b = (tensor.float() for tensor in (hidden, weight, a, b))
+    inputs = [tensor.requires_grad_() for tensor in (hidden, a, b)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        head = LMHead(weight, lora=LoRA(a, b, 2.0))
+        result = function(hidden, head, hidden.detach().float(), teacher)
+    result.divergence.mean().backward() if function is linear_distill else result.loss.backward()
+    for value, true in zip(inputs, leaves, strict=True):
+        assert error(value.grad, true.grad) < RTOL[torch.bfloat16]
+
+
 def test_ignored_rows_reach_no_factor():
     (student, lora), _ = problem(torch.float32)
     targets = make_targets(ROWS, VOCAB)

@@ -158,6 +158,48 @@ def test_plans():
         plan_block(100_000, (WIDTH,), False, 2**10)
 
 
+def advised(call: Callable[[int], object], given: int = 10) -> int:
+    """The least budget that works, as the error says."""
+    with pytest.raises(ValueError, match=f"memory_budget must be .* got {given:,}$") as caught:
+        call(given)
+    return int(str(caught.value).split("least ")[1].split(" ")[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("temporaries", [False, True])
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize("whole_rows", [0, VOCAB])
+@pytest.mark.parametrize("rows", [1, 512])
+def test_the_least_block(rows, whole_rows, convert, temporaries):
+    settings = {"temporaries": temporaries, "whole_rows": whole_rows}
+
+    def plan(budget):
+        return plan_block(rows, (64, 48), convert, budget, **settings)
+
+    least = advised(plan)
+    assert min(plan(least)) >= 1 and advised(plan, least - 1) == least
+    if whole_rows:
+        assert plan_retain(VOCAB, (64, 48), convert, least, temporaries=temporaries)
+    else:
+        assert plan(least) == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "adaptive_kl"])
+@pytest.mark.parametrize("function", [linear_distill, linear_distill_loss])
+def test_the_least_budget_works(function, divergence, dtype):
+    student, teacher = make_side(9, 37, 16, dtype), make_side(9, 37, 12, dtype, seed=9)
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+
+    def run(budget):
+        return function(*sides, divergence=divergence, memory_budget=budget)
+
+    least = advised(run)
+    torch.testing.assert_close(run(least).divergence, run(2**28).divergence)
+    per_row = function is linear_distill
+    settings: dict[str, Any] = {"dtype": dtype, "divergence": divergence, "per_row": per_row}
+    assert advised(lambda b: plan_memory(9, 37, 16, 12, memory_budget=b, **settings)) == least
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(512, 16_384, 24, 40), (128, 50_000, 64, 64)], ids=str)
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
@@ -182,6 +224,22 @@ def test_plan_memory_tells_what_is_measured(budget, per_row, shape, dtype):
     assert used.peak <= plan.peak * 1.1
     if native.library() is not None:
         assert used.peak >= plan.peak * 0.9
+
+
+def test_plan_memory_with_many_blocks():
+    """Nothing of a block outlives it."""
+    rows, vocab, width, budget = 1024, 6_000, 16, 1_000_000
+    student, teacher = make_side(rows, vocab, width), make_side(rows, vocab, width, seed=9)
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+
+    def run():
+        got = linear_distill(*sides, memory_budget=budget)
+        (got.divergence + got.entropy).sum().backward()
+
+    plan = plan_memory(rows, vocab, width, width, per_row=True, memory_budget=budget)
+    assert vocab / plan.block_columns > 40
+    vectors = rows * 400  # bytes of the states of rows and of what puts two together
+    assert measure(run).peak <= plan.peak * 1.1 + vectors
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])

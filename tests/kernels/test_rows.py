@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import oracle
 import pytest
 import torch
@@ -17,6 +19,7 @@ from cases import (
 )
 
 from dudi_kernels import DIVERGENCES, linear_distill, linear_distill_loss
+from dudi_kernels.api import DistillRows
 
 BETA, ALPHA = 0.3, 0.2
 ROWS, VOCAB, WIDTH, TEACHER_WIDTH = 23, 4999, 16, 24
@@ -98,6 +101,32 @@ def test_each_value_alone(which, backend):
     assert all(torch.equal(t.grad, g) for t, g in zip(student.inputs, first, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DistillRows._fields)
+def test_results_are_the_callers_to_edit(name, backend):
+    student, teacher = problem()
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+    gradients = []
+    for edited in (False, True):
+        got = linear_distill(*sides, targets=make_targets(ROWS, VOCAB), backend=backend)
+        if edited:
+            getattr(got, name).data.mul_(3)
+        total = (got.divergence + got.log_prob + got.entropy).sum()
+        gradients.append(torch.autograd.grad(total, student.inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", [linear_distill, linear_distill_loss])
+def test_results_without_backward_are_freed(function, backend):
+    student, teacher = make_side(ROWS, 301, WIDTH), make_side(ROWS, 301, WIDTH, seed=1)
+    hidden = student.hidden * 1
+    got = function(hidden, student.head, teacher.hidden, teacher.head, backend=backend)
+    alive = weakref.ref(hidden)
+    del hidden, got
+    assert alive() is None
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "adaptive_kl"])
 def test_both_strategies_agree(divergence):
     student, teacher = problem(bias=True)
@@ -112,10 +141,12 @@ def test_both_strategies_agree(divergence):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("who", ["student", "teacher", "both"])
-def test_masked_blocks(who, divergence, backend):
+@pytest.mark.parametrize(
+    ("who", "softcap"), [("student", None), ("teacher", None), ("both", None), ("student", 4.0)]
+)
+def test_masked_blocks(who, softcap, divergence, backend):
     """-inf in a bias, over whole blocks of the vocabulary; gradients stay finite."""
-    student, teacher = problem(bias=True)
+    student, teacher = problem(bias=True, softcap=softcap)
     with torch.no_grad():
         for name, side in (("student", student), ("teacher", teacher)):
             if who in (name, "both"):

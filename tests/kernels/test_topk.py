@@ -97,6 +97,27 @@ def test_a_faint_bucket_is_exact():
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_hold_under_a_softcap(backend):
+    """As if the masked tokens were not there, but for one of the teacher's."""
+    student = make_side(ROWS, VOCAB, WIDTH, bias=True, softcap=4.0)
+    teacher = top_of(make_side(ROWS, VOCAB, 24, seed=9).logits())
+    masked = torch.arange(VOCAB) % 2 == 0
+    with torch.no_grad():
+        student.bias[masked] = -torch.inf
+    want = student.double()
+    settings = {"divergence": "jsd", "backend": backend, "memory_budget": SMALL}
+    got = linear_distill_loss(student.hidden, student.head, teacher, **settings)
+    logits = want.logits().masked_fill(masked, -torch.inf)
+    p, q = classes(logits, teacher)
+    loss = oracle.DIVERGENCES["jsd"](p, q, 0.5, 0.1).mean()
+    assert error(got.loss, loss) < VALUE_RTOL
+    got.loss.backward()
+    loss.backward()
+    assert error(student.hidden.grad, want.hidden.grad.nan_to_num()) < 1e-5
+    assert all(t.grad.isfinite().all() for t in student.inputs)
+
+
 def test_all_tokens_are_no_restriction():
     student, teacher = make_side(ROWS, 61, WIDTH), make_side(ROWS, 61, 24, seed=9)
     sides = (student.hidden, student.head)

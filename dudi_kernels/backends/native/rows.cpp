@@ -372,7 +372,7 @@ void gradient(float* __restrict s, const float* __restrict t, int64_t n, const R
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
-    const float u = capped > 0.f ? s[i] * capped : 0.f;  // no -inf * 0
+    const float u = capped > 0.f && s[i] > FLOOR ? s[i] * capped : 0.f;  // no -inf * 0
     terms_at<M, TEMPERED>(s[i], M::taught ? t[i] : 0.f, row, lq1, q1, lp1, p1, q, lq, p, lp, phi,
                           g);
     float v = -q1 * (c + e * (lq1 + entropy));
@@ -381,7 +381,7 @@ void gradient(float* __restrict s, const float* __restrict t, int64_t n, const R
   }
   if (inside) {  // 1 - q by expm1: where the target is likely, little is left of 1 - q in fp32
     float lq1, q1, lp1, p1, q, lq, p, lp, phi, g;
-    const float u = capped > 0.f ? target * capped : 0.f;
+    const float u = capped > 0.f && target > FLOOR ? target * capped : 0.f;
     terms_at<M, TEMPERED>(target, M::taught ? t[local] : 0.f, row, lq1, q1, lp1, p1, q, lq, p, lp,
                           phi, g);
     float v = -q1 * e * (lq1 + entropy);

@@ -118,9 +118,12 @@ def side_tile(
                 PRECISION, BLOCK_N, BLOCK_V, 16, 1,
             )
         if BIAS:
-            tile += tl.load(bias + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
+            own = tl.load(bias + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
+            tile += own
         if SOFTCAP:
             tile = tanh(tile / softcap) * softcap
+            if BIAS:  # a mask holds past the cap
+                tile = tl.where(own == -float("inf"), own, tile)
         tile *= scale
     else:
         at = logits + i.to(tl.int64)[:, None] * logits_stride + j[None, :]
