@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dudi_kernels.backends.triton import kernels
+from dudi_kernels.backends.triton import kernels, tune
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.divergences import Measure
 from dudi_kernels.sweep import Side
@@ -39,6 +39,14 @@ class Blocks(NamedTuple):
     width: int  # of the GEMMs; unused where logits are read
     warps: int
     stages: int
+
+
+class Launch(NamedTuple):
+    """A kernel, ready to run; it writes to its argument `partials` or `out` and nowhere else."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
 
 
 class Source(NamedTuple):
@@ -297,13 +305,27 @@ class Launcher:
             "b": 0.0 if measure is None else measure.b,
         }
 
-    def _sweep(self, kernel: Any, fields: int, blocks: Blocks, **arguments: Any) -> Tensor:
+    def _run(self, made: Callable[[Blocks], Launch], default: Blocks) -> Launch:
+        """With the default blocks, or tuned ones where the user asked for them."""
+        found = made(default)
+        if tune.wanted(self.sides.device):
+            found = tune.fastest(found, made, default, self.target, run)
+        run(found.kernel, found.grid, **found.arguments)
+        return found
+
+    def _sweep(
+        self, kernel: Any, fields: int, teacher: bool, default: Blocks, **arguments: Any
+    ) -> Tensor:
         """The partial results (fields, splits, rows) of a kernel that walks the vocabulary."""
-        row_blocks, tiles = self._tiles(blocks)
-        count, each = splits(row_blocks, tiles, self.target.units)
-        partials = torch.empty(fields, count, self.rows, device=self.state.weight.device)
-        run(kernel, (row_blocks, count), **arguments, partials=partials, tiles=each)
-        return partials
+
+        def made(blocks: Blocks) -> Launch:
+            row_blocks, tiles = self._tiles(blocks)
+            count, each = splits(row_blocks, tiles, self.target.units)
+            partials = torch.empty(fields, count, self.rows, device=self.state.weight.device)
+            own = self._common(teacher, blocks) | {"partials": partials, "tiles": each}
+            return Launch(kernel, (row_blocks, count), own | arguments)
+
+        return self._run(made, default).arguments["partials"]
 
     def _combine(self, kernel: Any, partials: Tensor, **arguments: Any) -> None:
         """Partial results into the state."""
@@ -334,7 +356,6 @@ class Launcher:
         entropies too and the divergence where it has a chain."""
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
-        blocks = self._blocks()
         shared = {
             "STUDENT": student,
             "TEACHER": teacher,
@@ -344,8 +365,8 @@ class Launcher:
         partials = self._sweep(
             kernels.statistics,
             kernels.STATISTICS_FIELDS,
-            blocks,
-            **self._common(teacher, blocks),
+            teacher,
+            self._blocks(),
             **shared,
             targets=targets,
         )
@@ -364,12 +385,11 @@ class Launcher:
 
     def sums(self, measure: Measure | None) -> None:
         """Divergence, sum of g and entropies, added to the state."""
-        blocks = self._blocks(sums=True)
         partials = self._sweep(
             kernels.sums,
             kernels.SUMS_FIELDS,
-            blocks,
-            **self._common(measure is not None, blocks),
+            measure is not None,
+            self._blocks(sums=True),
             **self._log_sums(),
             **self._measure(measure),
         )
@@ -382,11 +402,8 @@ class Launcher:
 
     def gradient(self, measure: Measure | None, out: Tensor) -> None:
         """Of the raw logits, into `out` (R, B)."""
-        state, targets, blocks = self.state, self.setting.targets, self._blocks()
-        run(
-            kernels.gradient,
-            self._tiles(blocks),
-            **self._common(measure is not None, blocks),
+        state, targets = self.state, self.setting.targets
+        arguments = dict(
             **self._log_sums(),
             **self._measure(measure),
             SMOOTH_MASK=0 if measure is None else smooth_mask(measure),
@@ -405,3 +422,9 @@ class Launcher:
             out_stride=out.stride(0),
             first_column=self.first_column,
         )
+
+        def made(blocks: Blocks) -> Launch:
+            common = self._common(measure is not None, blocks)
+            return Launch(kernels.gradient, self._tiles(blocks), common | arguments)
+
+        self._run(made, self._blocks())
