@@ -34,9 +34,9 @@ def converts(device: torch.device, dtypes: set[torch.dtype]) -> bool:
     return any(_gemm_dtype(device, dtype, backward) != dtype for backward in (False, True))
 
 
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the gradient of logits that go into `accumulate`."""
-    return _gemm_dtype(hidden.device, hidden.dtype, backward=True)
+def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of the gradient of logits that goes into `accumulate`, for hidden states of a dtype."""
+    return _gemm_dtype(device, dtype, backward=True)
 
 
 def _blocks(size: int, whole: bool) -> Iterator[slice]:

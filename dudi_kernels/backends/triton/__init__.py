@@ -15,7 +15,7 @@ from torch import Tensor
 from dudi_kernels.adaptive import mix
 from dudi_kernels.backends.gemms import accumulate, gradient_dtype, packing, project
 from dudi_kernels.backends.triton.elements import INTERPRETED
-from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
+from dudi_kernels.backends.triton.launch import Launcher, Sides, Source, partial_bytes
 from dudi_kernels.divergences import Measure
 from dudi_kernels.recompute import Job
 from dudi_kernels.sweep import Side, chunks
@@ -30,6 +30,7 @@ __all__ = [
     "project",
     "serves",
     "steps",
+    "stream_bytes",
 ]
 
 KINDS = ("cuda", "xpu")  # ROCm calls itself cuda
@@ -48,6 +49,15 @@ def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> b
 def fuses(device: torch.device) -> bool:
     """Whether projections are made in the kernels, so that *recompute* stores no logits."""
     return True
+
+
+def stream_bytes(
+    device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int, sides: int
+) -> tuple[int, int]:
+    """What `Stream` holds for each row and column of a block, and in the forward pass besides: the
+    gradient of the logits, and partial results."""
+    partials = partial_bytes(device, dtype, rows, vocabulary)
+    return gradient_dtype(device, dtype).itemsize, partials
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
@@ -124,7 +134,7 @@ class Stream:
         """The gradient of the logits by blocks of columns, the student's side, the first column."""
         job, hidden = self.job, self.job.student.hidden
         vocabulary = job.student.head.vocab_size
-        dtype = gradient_dtype(hidden)
+        dtype = gradient_dtype(hidden.device, hidden.dtype)
         size = len(hidden) * min(job.block, vocabulary)
         buffer = torch.empty(size, dtype=dtype, device=hidden.device)
         for start, stop in chunks(0, vocabulary, job.block):

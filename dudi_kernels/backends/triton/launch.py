@@ -113,6 +113,9 @@ class Target(NamedTuple):
     units: int  # multiprocessors
 
 
+PLANNED = Target("cuda", 90, 132)  # what a plan takes a GPU for that isn't there: an H100
+
+
 @functools.lru_cache(maxsize=16)
 def target_of(device: torch.device) -> Target:
     if INTERPRETED:
@@ -141,6 +144,15 @@ def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
     wanted = min(MAX_SPLITS, tiles, max(1, WAVES * count // max(row_blocks, 1)))
     each = -(-tiles // wanted)
     return -(-tiles // each), each
+
+
+def partial_bytes(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> int:
+    """What the splits of `statistics` write where it projects, with the default blocks."""
+    absent = device.type != "cpu" and not getattr(torch, device.type).is_available()
+    target = PLANNED if absent else target_of(device)
+    blocks = fused_blocks(target, dtype, False)
+    count, _ = splits(-(-rows // blocks.rows), -(-columns // blocks.columns), target.units)
+    return kernels.STATISTICS_FIELDS * count * rows * 4
 
 
 @functools.lru_cache(maxsize=64)
