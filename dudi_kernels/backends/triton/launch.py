@@ -13,17 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dudi_kernels.backends.triton import kernels, tune
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.divergences import Measure
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton < 3.4
-    TensorDescriptor = None
 
 COMBINE_ROWS = 64
 WAVES = 8  # programs for each multiprocessor, where rows alone are too few
@@ -135,8 +131,8 @@ def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 def wants_descriptors(target: Target) -> bool:
-    """Whether the target loads tiles by descriptors (TMA), and this Triton can describe them."""
-    return TensorDescriptor is not None and target.kind == "cuda" and target.capability >= 90
+    """Whether the target loads tiles by descriptors (TMA)."""
+    return target.kind == "cuda" and target.capability >= 90
 
 
 def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
