@@ -16,7 +16,7 @@ from dudi_kernels.plan import (
     plan_block,
     plan_retain,
 )
-from dudi_kernels.prepare import layout, pick_backend
+from dudi_kernels.prepare import layout, pick_backend, streams_at
 from dudi_kernels.sweep import even
 
 
@@ -52,7 +52,7 @@ def plan_memory(
 
     Args:
         per_row: of `linear_distill`, `linear_log_prob` and the like (strategy *recompute*), rather
-            than of a scalar loss (*retain*).
+            than of a scalar loss (*retain*, or *recompute* where kernels make that cheaper).
         dtype: of hidden states and weights; half precision is converted block by block on a CPU
             (bf16 on one with AMX is not).
         train_hidden, train_weight: which gradients are wanted.
@@ -76,20 +76,29 @@ def plan_memory(
     call = _Call(
         rows, vocab_size, widths, dtype.itemsize, convert, packing, train_hidden, train_weight
     )
+    if not per_row:
+        plan = plan_retain(vocab_size, budget=memory_budget, **settings)
+        taught = [] if teacher_width is None else [measure]
+        per_row = streams_at(place, rows, vocab_size, widths, dtype, taught, plan, module)
     if per_row:
         by_rows = teacher_width is not None and measure.adaptive
+        cell, partials = module.stream_bytes(place, dtype, rows, vocab_size, len(widths))
         block, tile_rows = plan_block(
-            rows, budget=memory_budget, whole_rows=vocab_size if by_rows else 0, **settings
+            rows,
+            budget=memory_budget,
+            cell=cell,
+            whole_rows=vocab_size if by_rows else 0,
+            **settings,
         )
         once = teacher_width is None or measure.chain is not None or measure.adaptive
-        by_block = _recompute(call, block, tile_rows * settings["temporaries"], 1 if once else 2)
+        stream = _Stream(block, tile_rows * settings["temporaries"], cell, partials, not once)
+        by_block = _recompute(call, stream, module.fuses(place))
         if not by_rows:
             return by_block
         by_row = _without_gradients(call, settings, memory_budget)
         return by_block._replace(
             workspace=max(by_block.workspace, by_row), peak=max(by_block.peak, by_row)
         )
-    plan = plan_retain(vocab_size, budget=memory_budget, **settings)
     return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
 
 
@@ -166,21 +175,33 @@ def _without_gradients(call: _Call, settings: dict[str, Any], budget: int) -> in
     return _retain(quiet, even(call.rows, plan.chunk_rows), tile_rows).workspace
 
 
-def _recompute(call: _Call, block: int, tile_rows: int, forward_passes: int) -> MemoryPlan:
+class _Stream(NamedTuple):
+    block: int
+    tile_rows: int  # that need temporaries
+    cell: int  # bytes for each row and column of a block
+    partials: int  # bytes of the forward pass
+    twice: bool  # whether the forward pass goes over the vocabulary two times
+
+
+def _recompute(call: _Call, stream: _Stream, fused: bool) -> MemoryPlan:
     sides, trains = len(call.widths), call.train_hidden or call.train_weight
-    block = min(block, call.vocab_size)
-    passes = forward_passes + trains
-    workspace = (sides * call.rows + tile_rows * TEMPORARIES) * block * FP32
-    workspace += block * call.widths[0] * FP32 * call.train_weight + call.converted(
-        call.rows, block
-    )
+    block = min(stream.block, call.vocab_size)
+    passes = 1 + stream.twice + trains
+    workspace = (stream.cell * call.rows + stream.tile_rows * TEMPORARIES * FP32) * block
+    workspace += block * call.widths[0] * FP32 * call.train_weight
+    workspace += call.converted(call.rows, block)
+    if fused:  # the forward pass has no blocks, and no logits go through memory
+        workspace = max(workspace * trains, stream.partials)
+        logits = 3 * trains * call.rows * call.vocab_size * stream.cell
+    else:
+        logits = call.logit_bytes * (2 * sides * passes + 3 * trains)
     gradients = call.hidden_gradient + call.weight_elements * call.item_size
     return MemoryPlan(
         "recompute",
         call.rows,
         block,
         call.projection_flops * passes + call.gradient_flops,
-        call.head_bytes * passes + call.logit_bytes * (2 * sides * passes + 3 * trains),
+        call.head_bytes * passes + logits,
         workspace,
         gradients,
         gradients + workspace,

@@ -2,7 +2,8 @@
 
 The workspace of *retain* is the logits of a chunk for each side and one block of the head converted
 where it is not fp32, or what GEMMs pack instead; that of *recompute* is a (N, block) buffer for
-each side. Where the steps are not compiled, the temporaries of a tile of a few rows come on top.
+each side, or for the gradient alone where kernels project. Where the steps are not compiled, the
+temporaries of a tile of a few rows come on top.
 Gradients, results and O(N) vectors are not workspace.
 """
 
@@ -111,6 +112,7 @@ def plan_block(
     convert: bool,
     budget: int,
     *,
+    cell: int,  # bytes that each row and column of a block takes
     packing: Packing | None = None,
     cached: bool = True,
     temporaries: bool = True,
@@ -125,7 +127,7 @@ def plan_block(
     """
     rows = max(rows, 1)
     fixed = rows * sum(widths) * FP32 if convert else 0
-    column = len(widths) * rows * FP32 + (3 if convert else 1) * max(widths) * FP32
+    column = cell * rows + (3 if convert else 1) * max(widths) * FP32
     if temporaries:
         column += TEMPORARIES * FP32  # a tile of one row
     least = max(fixed + column, sum(_row_bytes(whole_rows, widths, convert, temporaries)))

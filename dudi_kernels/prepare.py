@@ -138,16 +138,34 @@ def scalar(
 
 def streams(task: Task, backend: ModuleType) -> bool:
     """Whether *recompute* serves a scalar loss: chosen by cost."""
-    student, rows = task.student, len(task.student.hidden)
-    if not backend.fuses(student.hidden.device) or any(s.measure.adaptive for s in task.spans):
-        return False
-    return prefers_recompute(
-        rows,
+    student = task.student
+    return streams_at(
+        student.hidden.device,
+        len(student.hidden),
         student.head.vocab_size,
         tuple(side.head.width for side in (student, task.teacher) if side is not None),
-        student.hidden.element_size(),
-        even(rows, task.plan.chunk_rows),
+        student.hidden.dtype,
+        [span.measure for span in task.spans],
+        task.plan,
+        backend,
     )
+
+
+def streams_at(
+    device: torch.device,
+    rows: int,
+    vocab_size: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,  # of the student's hidden states
+    measures: list[Measure],
+    plan: Plan,
+    backend: ModuleType,
+) -> bool:
+    """The same from shapes alone."""
+    if not backend.fuses(device) or any(measure.adaptive for measure in measures):
+        return False
+    chunk_rows = even(rows, plan.chunk_rows)
+    return prefers_recompute(rows, vocab_size, widths, dtype.itemsize, chunk_rows)
 
 
 def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
@@ -219,11 +237,14 @@ def make_job(
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, [measure], backend)
+    hidden, vocab_size = student.hidden, student.head.vocab_size
+    cell, _ = backend.stream_bytes(hidden.device, hidden.dtype, len(hidden), vocab_size, len(sides))
     by_rows = measure is not None and measure.adaptive
     block, tile_rows = plan_block(
-        len(student.hidden),
+        len(hidden),
         budget=memory_budget,
-        whole_rows=student.head.vocab_size if by_rows else 0,
+        cell=cell,
+        whole_rows=vocab_size if by_rows else 0,
         **layout,
     )
     return Job(

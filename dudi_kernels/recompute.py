@@ -442,6 +442,7 @@ def _gradients(
         for target, block in zip(whole, own, strict=True):
             if target is not None and block is not None:
                 target[columns] = block
+        del own, both, block  # before the next block's are made
     return tuple(
         total.to(tensor.dtype) if total is not None and tensor is not None else target
         for total, target, tensor in zip(sums, whole, inputs, strict=True)

@@ -16,12 +16,10 @@ from dudi_kernels.backends.native import gemm
 from dudi_kernels.plan import BLOCK, Packing
 from dudi_kernels.sweep import Gradients, Side
 
-MM_RETURNS_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8
-
 
 def _gemm_dtype(device: torch.device, dtype: torch.dtype, backward: bool) -> torch.dtype:
     """Half precision only where a GEMM of it returns fp32; its gradients only in bf16."""
-    native_mm = device.type == "cuda" and torch.version.hip is None and MM_RETURNS_FP32
+    native_mm = device.type == "cuda" and torch.version.hip is None
     half = torch.bfloat16 if backward else dtype  # fp16 gradients would underflow
     return dtype if native_mm and dtype == half else torch.float32
 
@@ -34,9 +32,9 @@ def converts(device: torch.device, dtypes: set[torch.dtype]) -> bool:
     return any(_gemm_dtype(device, dtype, backward) != dtype for backward in (False, True))
 
 
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the gradient of logits that go into `accumulate`."""
-    return _gemm_dtype(hidden.device, hidden.dtype, backward=True)
+def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of the gradient of logits that goes into `accumulate`, for hidden states of a dtype."""
+    return _gemm_dtype(device, dtype, backward=True)
 
 
 def _blocks(size: int, whole: bool) -> Iterator[slice]:
@@ -53,11 +51,10 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         else:
             torch.mm(a, b, out=out)
         return
-    product = torch.mm(a, b, out_dtype=torch.float32)
     if add:
-        out.add_(product)
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        out.copy_(product)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def packing(

@@ -13,6 +13,7 @@ from dudi_kernels.adaptive import mix
 from dudi_kernels.backends import native
 from dudi_kernels.backends.gemms import accumulate, packing, project
 from dudi_kernels.divergences import FLOOR, Measure
+from dudi_kernels.plan import FP32
 from dudi_kernels.recompute import Stream
 from dudi_kernels.tiles import (
     STUDENT_POLE,
@@ -27,7 +28,16 @@ from dudi_kernels.tiles import (
     smooth_mask,
 )
 
-__all__ = ["Stream", "accumulate", "fuses", "needs_temporaries", "packing", "project", "steps"]
+__all__ = [
+    "Stream",
+    "accumulate",
+    "fuses",
+    "needs_temporaries",
+    "packing",
+    "project",
+    "steps",
+    "stream_bytes",
+]
 
 # ---- element-wise steps --------------------------------------------------------------------------
 
@@ -41,6 +51,13 @@ def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> b
 def fuses(device: torch.device) -> bool:
     """Whether projections are made in the kernels, so that *recompute* stores no logits."""
     return False
+
+
+def stream_bytes(
+    device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int, sides: int
+) -> tuple[int, int]:
+    """What `Stream` holds for each row and column of a block, and in the forward pass besides."""
+    return sides * FP32, 0
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dudi_kernels.aot import bound, machine_code, roofline
-from dudi_kernels.aot.targets import GPUS
+from dudi_kernels.aot.targets import GPUS, ROWS, SHAPES
+from dudi_kernels.backends.triton import launch
 from dudi_kernels.backends.triton.launch import Blocks
 
 QWEN = "Qwen2.5 0.5B from 3B"
@@ -140,3 +144,54 @@ def test_peaks_are_the_published_ones():
     published = {"sm_80": 312e12, "sm_90": 989e12, "sm_100": 2250e12, "gfx942": 1307e12}
     for target, peak in published.items():
         assert roofline.peak(GPUS[target]) == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_costs_on_paper_are_consistent(target, shape):
+    gpu, one = GPUS[target], 2.0 * ROWS * shape.vocabulary
+    found = roofline.costs(gpu, shape, ROWS)
+    for way in ("dense", "Liger 0.8.5", "retain"):
+        assert found[way].flops == one * (3 * shape.width + shape.teacher_width)
+    for way in ("TRL 1.16", "recompute"):
+        assert found[way].flops == one * (4 * shape.width + 2 * shape.teacher_width)
+    assert min(found, key=lambda way: found[way].gigabytes) == "recompute"
+    alone = roofline.cross_entropy_costs(gpu, shape, ROWS)
+    assert all(cost.flops == one * 4 * shape.width for cost in alone.values())
+    for cost in (*found.values(), *alone.values()):
+        assert cost.l2_gigabytes > cost.gigabytes
+        least = max(cost.flops / roofline.peak(gpu), cost.gigabytes * 1e9 / (gpu.memory * 1e12))
+        assert cost.milliseconds >= least * 1e3 * 0.999
+    half = roofline.costs(gpu, shape, ROWS // 2)
+    assert half["recompute"].flops == found["recompute"].flops / 2
+
+
+def test_costs_on_paper_by_hand():
+    """One row of tiles of Liger's and TRL's: N = 1,024, V = 32,768, D = E = 64."""
+    shape, n, v, d = type(SHAPES[QWEN])(32_768, 64, 64), 1024, 32_768, 64
+    found = roofline.costs(GPUS["sm_90"], shape, n)
+    liger = n * v * 22 + v * d * 2 * (2 + 1 + 4)
+    assert found["Liger 0.8.5"].gigabytes * 1e9 == pytest.approx(liger)
+    trl = n * v * 46 + v * d * (2 * 2 * 2 + 2 + 8 + 4 + 6) + n * d * 8
+    assert found["TRL 1.16"].gigabytes * 1e9 == pytest.approx(trl)
+    recompute = n * v * 6 + v * d * (2 * 2 * 2 + 2 + 4 + 6) + 8 * n * d * 8
+    assert found["recompute"].gigabytes * 1e9 == pytest.approx(recompute)
+
+
+def test_costs_on_paper_use_the_tiles_of_the_launcher(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for gpu in GPUS.values():
+        if gpu.name in roofline.KERNEL_TILES:
+            target = launch.Target(gpu.kind, int(gpu.arch), gpu.units)
+            blocks = launch.fused_blocks(target, torch.bfloat16)
+            assert blocks[:2] == roofline.KERNEL_TILES[gpu.name]
+
+
+def test_the_table_of_versions_starts_where_the_requirement_does():
+    root = Path(__file__).parents[2]
+    table = (root / "docs/kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (3\.\d+) \| (2\.\d+) \|.*\| (\w+)[^|]*\|$", table, re.M)
+    oldest = next((triton, torch) for triton, torch, compiles in rows if compiles == "yes")
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    for name, version in zip(("triton", "torch"), oldest, strict=True):
+        assert f'"{name}>={version}' in project

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from dudi_kernels import (
     linear_dudi_loss,
     linear_log_prob,
     plan_memory,
+    prepare,
 )
 from dudi_kernels.backends import native
 from dudi_kernels.plan import plan_block, plan_retain
@@ -153,9 +155,9 @@ def test_plans():
     assert plan_retain(VOCAB, (WIDTH, 40), True, least) == (1, 1, 1)
     with pytest.raises(ValueError, match=f"got {least - 1:,}"):
         plan_retain(VOCAB, (WIDTH, 40), True, least - 1)
-    assert plan_block(100_000, (WIDTH,), False, 2**26)[0] < 4096
+    assert plan_block(100_000, (WIDTH,), False, 2**26, cell=4)[0] < 4096
     with pytest.raises(ValueError, match="memory_budget must be at least"):
-        plan_block(100_000, (WIDTH,), False, 2**10)
+        plan_block(100_000, (WIDTH,), False, 2**10, cell=4)
 
 
 def advised(call: Callable[[int], object], given: int = 10) -> int:
@@ -274,3 +276,70 @@ def test_plan_memory_counts_the_gemms():
     assert frozen.gradients == 512 * 896 * 4
     with pytest.raises(ValueError, match="vocab_size must be"):
         plan_memory(512, 0, 896)
+
+
+SCALARS = [  # N, V, D, E, memory_budget: either strategy, and blocks that the budget limits
+    (128, 4096, 24, 40, 9_000_000),
+    (128, 4096, 24, 40, 400_000),
+    (96, 3000, 400, 400, 9_000_000),
+    (3, 9000, 24, None, 9_000_000),
+]
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("shape", SCALARS, ids=str)
+@pytest.mark.parametrize("train_weight", [True, False])
+def test_plan_memory_of_a_scalar_loss_by_kernels(shape, train_weight, backend, monkeypatch):
+    """The strategy is the one that runs, and its memory what is measured."""
+    rows, vocab, width, teacher_width, budget = shape
+    student, targets = make_side(rows, vocab, width), make_targets(rows, vocab)
+    teacher = None if teacher_width is None else make_side(rows, vocab, teacher_width, seed=9)
+    student.weight.requires_grad_(train_weight)
+    settings: dict[str, Any] = {"memory_budget": budget, "backend": backend}
+    ran: list[str] = []
+
+    def recorded(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(*arguments: Any) -> Any:
+            ran.append(name)
+            return real(*arguments)
+
+        return apply
+
+    for name, kind in (("retain", prepare.Retain), ("recompute", prepare.Streamed)):
+        monkeypatch.setattr(kind, "apply", recorded(name, kind.apply))
+
+    def run():
+        if teacher is None:
+            linear_cross_entropy(student.hidden, student.head, targets, **settings).backward()
+            return
+        sides = student.hidden, student.head, teacher.hidden, teacher.head
+        linear_distill_loss(*sides, divergence="jsd", **settings).loss.backward()
+
+    gc.collect()
+    peak = measure(run).peak
+    plan = plan_memory(
+        rows, vocab, width, teacher_width, divergence="jsd", train_weight=train_weight, **settings
+    )
+    assert ran == [plan.strategy] == ["retain" if width == 400 else "recompute"]
+    assert plan.workspace <= budget * 1.01
+    vectors = rows * 200  # the rows' state and results
+    assert plan.peak * 0.9 <= peak <= plan.peak * 1.1 + vectors
+
+
+def test_plan_memory_of_kernels_on_a_gpu_that_is_not_there(monkeypatch):
+    """bf16 on CUDA: a block of the gradient in bf16 is all that is held."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dudi_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    rows, vocab, width, teacher_width = 4096, 151_936, 896, 2048
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    plan = plan_memory(rows, vocab, width, teacher_width, **settings)
+    assert plan.strategy == "recompute" and plan.block_columns == 4096
+    assert plan.workspace == 4096 * (rows * 2 + width * 4)
+    one = 2 * rows * vocab
+    assert plan.flops == one * (4 * width + 2 * teacher_width)
+    few = plan_memory(1, vocab, width, train_weight=False, train_hidden=False, **settings)
+    assert few.workspace == 15 * 594 * 4  # partial results of a row's splits
+    adaptive = plan_memory(rows, vocab, width, teacher_width, divergence="adaptive_kl", **settings)
+    assert adaptive.strategy == "retain"

@@ -23,7 +23,7 @@ from dudi_kernels.backends.triton.kernels import (
     TEACHER_MASS,
     TEMPERED_MASS,
 )
-from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
+from dudi_kernels.backends.triton.launch import Launcher, Sides, Source, partial_bytes
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
@@ -41,6 +41,7 @@ __all__ = [
     "project",
     "serves",
     "steps",
+    "stream_bytes",
 ]
 
 
@@ -57,6 +58,15 @@ def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> b
 def fuses(device: torch.device) -> bool:
     """Whether projections are made in the kernels, so that *recompute* stores no logits."""
     return True
+
+
+def stream_bytes(
+    device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int, sides: int
+) -> tuple[int, int]:
+    """What `Stream` holds for each row and column of a block, and in the forward pass besides: the
+    gradient of the logits, and partial results."""
+    partials = partial_bytes(device, dtype, rows, vocabulary)
+    return gradient_dtype(device, dtype).itemsize, partials
 
 
 def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
@@ -172,8 +182,8 @@ class Stream:
         columns without a live tile are left out."""
         job, hidden = self.job, self.job.student.hidden
         live = None if job.live is None else job.live.tiles
-        blocks = self._live_columns()
-        dtype, rows = gradient_dtype(hidden), len(hidden)
+        blocks, rows = self._live_columns(), len(hidden)
+        dtype = gradient_dtype(hidden.device, hidden.dtype)
         size = rows * max((b - a for a, b in blocks), default=0)
         buffer = torch.empty(size, dtype=dtype, device=hidden.device)
         for start, stop in blocks:

@@ -13,19 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dudi_kernels.backends.triton import kernels
+from dudi_kernels.backends.triton import kernels, tune
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.devices import guard
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton < 3.4
-    TensorDescriptor = None
 
 COMBINE_ROWS = 64
 WAVES = 8  # programs for each multiprocessor, where rows alone are too few
@@ -41,6 +37,14 @@ class Blocks(NamedTuple):
     width: int  # of the GEMMs; unused where logits are read
     warps: int
     stages: int
+
+
+class Launch(NamedTuple):
+    """A kernel, ready to run; it writes to its argument `partials` or `out` and nowhere else."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
 
 
 class Source(NamedTuple):
@@ -82,7 +86,11 @@ def read_blocks(target: Target) -> Blocks:
 
 
 def fused_blocks(
-    target: Target, dtype: torch.dtype, heavy: bool, lora: bool, aligned: bool
+    target: Target,
+    dtype: torch.dtype,
+    heavy: bool = False,
+    lora: bool = False,
+    aligned: bool = True,
 ) -> Blocks:
     """For kernels that project: as large as registers hold without spills (aot tells), which is
     less where they keep more beside both sides' tiles (`heavy`), have a product more, or a pointer
@@ -116,6 +124,9 @@ class Target(NamedTuple):
         return threads // (64 if self.kind == "hip" else 32)
 
 
+PLANNED = Target("cuda", 90, 132)  # what a plan takes a GPU for that isn't there: an H100
+
+
 @functools.lru_cache(maxsize=16)
 def target_of(device: torch.device) -> Target:
     if INTERPRETED:
@@ -136,8 +147,8 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], **arguments: A
 
 
 def wants_descriptors(target: Target) -> bool:
-    """Whether the target loads tiles by descriptors (TMA), and this Triton can describe them."""
-    return TensorDescriptor is not None and target.kind == "cuda" and target.capability >= 90
+    """Whether the target loads tiles by descriptors (TMA)."""
+    return target.kind == "cuda" and target.capability >= 90
 
 
 def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
@@ -145,6 +156,15 @@ def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
     wanted = min(MAX_SPLITS, tiles, max(1, WAVES * count // max(row_blocks, 1)))
     each = -(-tiles // wanted)
     return -(-tiles // each), each
+
+
+def partial_bytes(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> int:
+    """What the splits of `statistics` write where it projects, with the default blocks."""
+    absent = device.type != "cpu" and not getattr(torch, device.type).is_available()
+    target = PLANNED if absent else target_of(device)
+    blocks = fused_blocks(target, dtype, False)
+    count, _ = splits(-(-rows // blocks.rows), -(-columns // blocks.columns), target.units)
+    return kernels.STATISTICS_FIELDS * count * rows * 4
 
 
 @functools.lru_cache(maxsize=64)
@@ -330,14 +350,33 @@ class Launcher:
             "b": 0.0 if measure is None else measure.b,
         }
 
-    def _sweep(self, kernel: Any, fields: int, blocks: Blocks, **arguments: Any) -> Tensor:
+    def _run(self, made: Callable[[Blocks], Launch], default: Blocks, free: bool = True) -> Launch:
+        """With the default blocks, or tuned ones where they are free and the user asked for it."""
+        found, launch = made(default), functools.partial(run, self.sides.device)
+        if free and tune.wanted(self.sides.device):
+            found = tune.fastest(found, made, default, self.target, launch)
+        launch(found.kernel, found.grid, **found.arguments)
+        return found
+
+    def _sweep(
+        self,
+        kernel: Any,
+        fields: int,
+        teacher: bool,
+        default: Blocks,
+        free: bool = True,  # whether other blocks do as well
+        **arguments: Any,
+    ) -> Tensor:
         """The partial results (fields, splits, rows) of a kernel that walks the vocabulary."""
-        row_blocks, tiles = self._tiles(blocks)
-        count, each = splits(row_blocks, tiles, self.target.units)
-        partials = torch.empty(fields, count, self.rows, device=self.state.weight.device)
-        grid = (row_blocks, count)
-        run(self.sides.device, kernel, grid, **arguments, partials=partials, tiles=each)
-        return partials
+
+        def made(blocks: Blocks) -> Launch:
+            row_blocks, tiles = self._tiles(blocks)
+            count, each = splits(row_blocks, tiles, self.target.units)
+            partials = torch.empty(fields, count, self.rows, device=self.state.weight.device)
+            own = self._common(teacher, blocks) | {"partials": partials, "tiles": each}
+            return Launch(kernel, (row_blocks, count), own | arguments)
+
+        return self._run(made, default, free).arguments["partials"]
 
     def _combine(self, kernel: Any, partials: Tensor, **arguments: Any) -> None:
         """Partial results into the state."""
@@ -374,7 +413,6 @@ class Launcher:
         entropies too and the divergence where it has a chain."""
         state, targets = self.state, self.setting.targets
         chain = measure.chain if moments and measure is not None else None
-        blocks = self._blocks(kernels.statistics, masses is not None)
         shared = {
             "STUDENT": student,
             "TEACHER": teacher,
@@ -384,8 +422,9 @@ class Launcher:
         partials = self._sweep(
             kernels.statistics,
             kernels.STATISTICS_FIELDS,
-            blocks,
-            **self._common(teacher, blocks),
+            teacher,
+            self._blocks(kernels.statistics, masses is not None),
+            masses is None,
             **shared,
             targets=targets,
             masses=masses,
@@ -407,12 +446,11 @@ class Launcher:
 
     def sums(self, measure: Measure | None) -> None:
         """Divergence, sum of g and entropies, added to the state."""
-        blocks = self._blocks(kernels.sums)
         partials = self._sweep(
             kernels.sums,
             kernels.SUMS_FIELDS,
-            blocks,
-            **self._common(measure is not None, blocks),
+            measure is not None,
+            self._blocks(kernels.sums),
             **self._log_sums(),
             **self._measure(measure),
         )
@@ -430,12 +468,7 @@ class Launcher:
     def gradient(self, measure: Measure | None, out: Tensor, live: Tensor | None = None) -> None:
         """Of the raw logits, into `out` (R, B); of tiles (blocks of rows, T) that are live."""
         state, targets = self.state, self.setting.targets
-        blocks = self._blocks(kernels.gradient, live is not None)
-        run(
-            self.sides.device,
-            kernels.gradient,
-            self._tiles(blocks),
-            **self._common(measure is not None, blocks),
+        arguments = dict(
             **self._log_sums(),
             **self._measure(measure),
             SMOOTH_MASK=0 if measure is None else smooth_mask(measure),
@@ -457,3 +490,9 @@ class Launcher:
             out_stride=out.stride(0),
             first_column=self.first_column,
         )
+
+        def made(blocks: Blocks) -> Launch:
+            common = self._common(measure is not None, blocks)
+            return Launch(kernels.gradient, self._tiles(blocks), common | arguments)
+
+        self._run(made, self._blocks(kernels.gradient, live is not None), live is None)
