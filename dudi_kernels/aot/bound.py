@@ -85,8 +85,8 @@ def _between(code: list[Instruction], tile: Loop | None, inner: list[Loop]) -> l
 
 def _operand_bytes(gpu: Gpu, blocks: Blocks, layout: tuple[int, int]) -> float:
     """Read from shared memory for a step of the width."""
-    if gpu.mma == ("HGMMA",):  # a warp group reads 64 rows, and all columns
-        down, across = blocks.rows // 64, 1
+    if gpu.mma == ("HGMMA",):  # of 64 rows, by the four warps of a group
+        down, across = blocks.rows // 64, layout[1]
     elif gpu.mma == ("UTCHMMA",):
         down, across = 1, 1
     else:

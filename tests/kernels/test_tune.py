@@ -251,8 +251,8 @@ def test_candidates_fit_the_target(monkeypatch):
         limits = tune.limits_of(target)
         assert limits is not None and limits.shared <= GPUS["sm_90"].shared
         for dtype in (torch.float32, torch.bfloat16):
-            for sums in (False, True):
-                default = launch.fused_blocks(target, dtype, sums)
+            for load in (0, 2):
+                default = launch.fused_blocks(target, dtype, load)
                 found = tune.candidates(default, limits, dtype.itemsize, True)
                 assert found[0] == default and 4 <= len(found) <= len(tune.MOVES) + 1
                 assert len(set(found)) == len(found)

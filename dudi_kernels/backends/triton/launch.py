@@ -85,16 +85,9 @@ def read_blocks(target: Target) -> Blocks:
     return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, target.warps(512), 2)
 
 
-def fused_blocks(
-    target: Target,
-    dtype: torch.dtype,
-    heavy: bool = False,
-    lora: bool = False,
-    aligned: bool = True,
-) -> Blocks:
-    """For kernels that project: as large as registers hold without spills (aot tells), which is
-    less where they keep more beside both sides' tiles (`heavy`), have a product more, or a pointer
-    for each element."""
+def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: bool = True) -> Blocks:
+    """For kernels that project: as large as registers hold without spills (aot tells). `load`, 0
+    to 3, is how much there is beside both sides' tiles."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
@@ -103,12 +96,11 @@ def fused_blocks(
         return Blocks(128, 64, 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
-    halvings = 2 if lora or not aligned else int(heavy)
     match target.capability // 10:
         case 8:
-            return Blocks(128, max(32, 64 >> halvings), 32, 8, 4)
+            return Blocks(128, (64, 64, 32, 32)[load], 32, 8, 4)
         case 9 | 10:
-            return Blocks(128, 128 >> halvings, 64 if aligned else 32, 8, 4)
+            return Blocks(128, (128, 64, 64, 32)[load], 64 if aligned else 32, 8, 4)
         case _:
             return Blocks(128, 64, 64, 8, 2)
 
@@ -287,24 +279,25 @@ class Launcher:
 
     # ---- parts of the arguments ------------------------------------------------------------------
 
-    def _blocks(self, kernel: Any, skipping: bool = False) -> Blocks:
+    def _blocks(
+        self, kernel: Any, measure: Measure | None = None, skipping: bool = False
+    ) -> Blocks:
         """Of all kernels the same where tiles are skipped: they say what a tile is."""
         if not self.sides.fused:
             return read_blocks(self.target)
         sides = [source.side for source in self.sides if source is not None and source.side]
-        heavy = self.setting.masked or any(side.head.softcap is not None for side in sides)
-        if skipping:
-            heavy = True
-        elif kernel is not kernels.gradient:  # which carries nothing from tile to tile
-            taus = self.setting.inv_tau, self.setting.teacher_inv_tau
-            heavy = heavy or kernel is kernels.sums or taus != (1.0, 1.0)
-        return fused_blocks(
-            self.target,
-            sides[0].hidden.dtype,
-            heavy,
-            lora=any(side.head.lora is not None for side in sides),
-            aligned=all(map(_aligned, sides)),
-        )
+        setting, aligned = self.setting, all(map(_aligned, sides))
+        more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
+        more = more or any(side.head.softcap is not None for side in sides)
+        if not aligned or any(side.head.lora is not None for side in sides):
+            load = 3  # a pointer for each element, or a product more
+        elif setting.masked or kernel is kernels.sums or skipping:
+            load = 2
+        elif kernel is kernels.statistics:
+            load = 2 if more else 0
+        else:
+            load = int(more or (measure is not None and measure.chain is None))
+        return fused_blocks(self.target, sides[0].hidden.dtype, load, aligned)
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
@@ -423,7 +416,7 @@ class Launcher:
             kernels.statistics,
             kernels.STATISTICS_FIELDS,
             teacher,
-            self._blocks(kernels.statistics, masses is not None),
+            self._blocks(kernels.statistics, skipping=masses is not None),
             masses is None,
             **shared,
             targets=targets,
@@ -495,4 +488,4 @@ class Launcher:
             common = self._common(measure is not None, blocks)
             return Launch(kernels.gradient, self._tiles(blocks), common | arguments)
 
-        self._run(made, self._blocks(kernels.gradient, live is not None), live is None)
+        self._run(made, self._blocks(kernels.gradient, measure, live is not None), live is None)
