@@ -26,9 +26,9 @@ ROUND = FP32 + HALF  # it is read, and written in the head's dtype
 RETAIN = 2 * FP32 + 2 * FP32 + 3 * FP32 + ROUND + 2 * HALF
 # The gradient of a block is written, and read by two GEMMs.
 RECOMPUTE = 3 * HALF
-# Eager torch: bf16 logits; fp32 copies, log-softmax of both, divergence and its gradient, each read
-# and written by itself; the gradient in bf16, read by two GEMMs.
-DENSE = 2 * (HALF + FP32) + 2 * 2 * FP32 + 3 * FP32 + 5 * FP32 + HALF + 2 * HALF
+# Eager torch: GEMMs write both in bf16; fp32 copies, log-softmax of both, divergence and its
+# gradient, each read and written by itself; the gradient in bf16, read by two GEMMs.
+DENSE = 2 * HALF + 2 * (HALF + FP32) + 2 * 2 * FP32 + 3 * FP32 + 5 * FP32 + HALF + 2 * HALF
 # LigerFusedLinearJSDLoss 0.8.5 (beta = 0, no hard loss), compiled: GEMMs write both in bf16; three
 # fused reads of both (log-sum-exps; loss and the gradient's sum; gradient), the gradient in bf16.
 LIGER = 2 * HALF + 3 * 2 * HALF + HALF + 2 * HALF
