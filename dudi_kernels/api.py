@@ -4,6 +4,9 @@ Hidden states may have any leading shape (..., D); per-row results come back in 
 are fp32 from the GEMM on, whatever the inputs' dtype, and (N, V) of them never exist; autocast
 rounds the hidden states, as it would for a linear layer, and no logits. Divergences, entropies and
 log-probabilities are in nats. `three_signals.py` has `linear_dudi_loss`.
+
+Hidden states and weights are not searched for NaN and inf, which would cost a pass over memory: a
+row (of the head: any) that has one has NaN results, and so has the loss.
 """
 
 from __future__ import annotations
@@ -118,14 +121,15 @@ def linear_distill_loss(
     student = checks.side("student", student_hidden, student_head)
     measure = checks.divergence("divergence", divergence, beta, alpha)
     temperatures = checks.temperatures(temperature, teacher_temperature)
-    checks.number("ce_weight", ce_weight, 0, math.inf)
+    ce_weight = checks.number("ce_weight", ce_weight, 0, math.inf)
     if ce_weight > 0 and targets is None:
         raise ValueError("targets must be given with ce_weight > 0, got None")
-    flat = None if targets is None else checks.targets(targets, student, ignore_index)
+    ignored = checks.integer("ignore_index", ignore_index)
+    flat = None if targets is None else checks.targets(targets, student, ignored)
     weight = None if token_weight is None else checks.token_weight(token_weight, student)
     checks.gradient_tolerance(gradient_tolerance, student)
 
-    counted = Counted(student, flat, ignore_index)
+    counted = Counted(student, flat, ignored)
     settings: dict[str, Any] = {
         "measure": measure,
         "targets": None if flat is None else counted.pick(flat),
@@ -214,8 +218,9 @@ def linear_distill(
     checks.pair_of_sides(student, teacher)
     measure = checks.divergence("divergence", divergence, beta, alpha)
     temperatures = checks.temperatures(temperature, teacher_temperature)
-    flat = None if targets is None else checks.targets(targets, student, ignore_index)
-    counted = Counted(student, flat, ignore_index)
+    ignored = checks.integer("ignore_index", ignore_index)
+    flat = None if targets is None else checks.targets(targets, student, ignored)
+    counted = Counted(student, flat, ignored)
     divergences, own, entropy, teacher_entropy = row_wise(
         counted.rows(student),
         counted.rows(teacher),
@@ -337,8 +342,9 @@ def linear_cross_entropy(
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     rows = checks.side("", hidden, head)
-    flat = checks.targets(targets, rows, ignore_index)
-    counted = Counted(rows, flat, ignore_index)
+    ignored = checks.integer("ignore_index", ignore_index)
+    flat = checks.targets(targets, rows, ignored)
+    counted = Counted(rows, flat, ignored)
     own, flat = counted.rows(rows), counted.pick(flat)
     if reduction == "none":
         return counted.put_back(
@@ -385,9 +391,10 @@ def linear_log_prob(
         ValueError, TypeError: shapes, dtypes, devices or ranges that don't fit.
     """
     rows = checks.side("", hidden, head)
-    checks.temperature(temperature)
-    flat = checks.targets(targets, rows, ignore_index)
-    counted = Counted(rows, flat, ignore_index)
+    temperature = checks.temperature(temperature)
+    ignored = checks.integer("ignore_index", ignore_index)
+    flat = checks.targets(targets, rows, ignored)
+    counted = Counted(rows, flat, ignored)
     values = log_prob(
         counted.rows(rows),
         counted.pick(flat),
@@ -444,6 +451,8 @@ def sequence_log_prob(
 
 def _segments(ids: Tensor, wanted: int | None) -> int:
     """How many there are."""
+    if wanted is not None:
+        wanted = checks.integer("num_segments", wanted)
     if devices.capturing(ids.device):
         if wanted is None:
             raise ValueError(

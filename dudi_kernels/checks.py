@@ -8,19 +8,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
-from torch import bool as torch_bool
 
 from dudi_kernels import devices
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
+from dudi_kernels.scalars import INTEGERS, POWERS, SHARES, TEMPERATURES, integer, number
+from dudi_kernels.topk import TopKTeacher
 
-if TYPE_CHECKING:
-    from dudi_kernels.topk import TopKTeacher
+__all__ = ["integer", "number"]  # as checks of arguments
 
 Head = LMHead | Tensor
+SEGMENTS = 2**20  # so many there may be without any rows; more are not meant
 
 
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:
@@ -30,27 +31,14 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
 
 
-def number(name: str, value: float, low: float, high: float, ends: bool = True) -> None:
-    """Within [low, high], or (low, high) without its ends."""
-    if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    inside = low <= value <= high if ends else low < value < high
-    if not inside:
-        left, right = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
-        raise ValueError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
-
-
-def temperature(value: float) -> None:
-    number("temperature", value, 0, math.inf, ends=False)
+def temperature(value: float, name: str = "temperature") -> float:
+    return number(name, value, *TEMPERATURES)
 
 
 def temperatures(value: float, teacher: float | None) -> tuple[float, float]:
     """The student's and the teacher's; one alone is both."""
-    temperature(value)
-    if teacher is None:
-        return value, value
-    number("teacher_temperature", teacher, 0, math.inf, ends=False)
-    return value, teacher
+    own = temperature(value)
+    return own, own if teacher is None else temperature(teacher, "teacher_temperature")
 
 
 def budget(value: int) -> None:
@@ -62,12 +50,11 @@ def divergence(name: str, value: str, beta: float, alpha: float) -> Measure:
     """The divergence of that name with its parameters."""
     one_of(name, value, DIVERGENCES)
     if value in ("jsd", "jeffreys"):
-        number("beta", beta, 0, 1, ends=False)  # jsd's limit at 0 is 0, not forward KL
+        beta = number("beta", beta, *SHARES)  # jsd's limit at 0 is 0, not forward KL
     if value.startswith("skew"):
-        number("alpha", alpha, 0, 1, ends=False)
+        alpha = number("alpha", alpha, *SHARES)
     if value == "alpha_beta":
-        number("alpha", alpha, 0, math.inf, ends=False)
-        number("beta", beta, 0, math.inf, ends=False)
+        alpha, beta = number("alpha", alpha, *POWERS), number("beta", beta, *POWERS)
     return DIVERGENCES[value].measure(beta, alpha)
 
 
@@ -91,6 +78,8 @@ def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
     """Check one side and flatten (..., D) to (N, D)."""
     name = f"{who}_hidden" if who else "hidden"
     head_name = f"{who}_head" if who else "head"
+    if isinstance(hidden, TopKTeacher):
+        raise TypeError(f"{name} must be a tensor: only linear_distill_loss takes a TopKTeacher")
     if not isinstance(hidden, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(hidden).__name__}")
     head = as_head(head, head_name)
@@ -106,6 +95,7 @@ def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
         raise ValueError(
             f"{name} must be on {head.weight.device} as {head_name} is, got {hidden.device}"
         )
+    _masks_at_most(f"{head_name}.bias", head.bias)
     flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     return Rows(flat, head, tuple(hidden.shape[:-1]))
 
@@ -117,6 +107,15 @@ def gradient_tolerance(value: float, student: Rows) -> None:
             f"gradient_tolerance must be 0 while a CUDA graph is captured, got {value}: what is "
             "launched depends on what is left out"
         )
+
+
+def _masks_at_most(name: str, bias: Tensor | None) -> None:
+    """Finite or -inf; looked at where that costs next to nothing: on a GPU it would wait."""
+    if bias is None or bias.device.type != "cpu":
+        return
+    top = float(bias.detach().max())  # NaN if any is
+    if not math.isfinite(top):
+        raise ValueError(f"{name} must be finite, or -inf for some tokens, got a maximum of {top}")
 
 
 def _same_rows(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -160,7 +159,7 @@ def top_k(
     if not ids.device == log_probs.device == device:
         raise ValueError(f"the TopKTeacher must be on {device} as student_hidden is")
     size = student.head.vocab_size
-    if (i := _first(((ids < 0) | (ids >= size)).any(1))) is not None:
+    if (i := first(((ids < 0) | (ids >= size)).any(1))) is not None:
         raise ValueError(f"ids must be in [0, {size}), those of row {i} are not")
     return ids.long(), log_probs.double()
 
@@ -178,13 +177,15 @@ def per_row(
         raise ValueError(
             f"{name} must be on {rows.hidden.device} as the hidden states are, got {value.device}"
         )
-    if integers and (value.is_floating_point() or value.dtype == torch_bool):
+    if integers and value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {value.dtype}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
     flat = value.detach().reshape(-1).contiguous()
     return flat.long() if integers else flat.float()
 
 
-def _first(wrong: Tensor) -> int | None:
+def first(wrong: Tensor) -> int | None:
     """The first row where it is so, if the host may look."""
     if devices.capturing(wrong.device):
         return None
@@ -197,7 +198,7 @@ def targets(value: Tensor, rows: Rows, ignore_index: int | None) -> Tensor:
     wrong = (flat < 0) | (flat >= rows.head.vocab_size)
     if ignore_index is not None:
         wrong &= flat != ignore_index
-    if (i := _first(wrong)) is not None:
+    if (i := first(wrong)) is not None:
         wanted = f"in [0, {rows.head.vocab_size})"
         if ignore_index is not None:
             wanted += f" or ignore_index={ignore_index}"
@@ -207,7 +208,7 @@ def targets(value: Tensor, rows: Rows, ignore_index: int | None) -> Tensor:
 
 def token_weight(value: Tensor, rows: Rows) -> Tensor:
     flat = per_row("token_weight", value, rows)
-    if (i := _first(~((flat >= 0) & (flat < math.inf)))) is not None:
+    if (i := first(~((flat >= 0) & (flat < math.inf)))) is not None:
         raise ValueError(
             f"token_weight must be finite and not negative, got {float(flat[i])} at row {i}"
         )
@@ -217,9 +218,15 @@ def token_weight(value: Tensor, rows: Rows) -> Tensor:
 def segment_ids(value: Tensor, rows: Rows) -> Tensor:
     """(N,) int64, on the device of the hidden states or on the CPU."""
     flat = per_row("segment_ids", value, rows, integers=True, on_host=True)
-    if (i := _first(flat < 0)) is not None:
+    if (i := first(flat < 0)) is not None:
         raise ValueError(f"segment_ids must not be negative, got {int(flat[i])} at row {i}")
-    if (i := _first(flat[1:] < flat[:-1])) is not None:
+    most = max(SEGMENTS, 2 * len(flat))
+    if (i := first(flat >= most)) is not None:
+        raise ValueError(
+            f"segment_ids must count the sequences from 0, below {most}, got {int(flat[i])} at "
+            f"row {i}"
+        )
+    if (i := first(flat[1:] < flat[:-1])) is not None:
         raise ValueError(
             f"segment_ids must not decrease, got {int(flat[i + 1])} after {int(flat[i])} "
             f"at row {i + 1}"

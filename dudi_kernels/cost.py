@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dudi_kernels import checks
+from dudi_kernels.head import FLOATS
 from dudi_kernels.plan import (
     BLOCK,
     DEFAULT_BUDGET,
@@ -62,14 +63,19 @@ def plan_memory(
         10 %; without them it is an upper bound.
 
     Raises:
-        ValueError: a budget that does not hold one row or column; it says the least that works.
+        ValueError, TypeError: sizes, names or types that don't fit; a budget that does not hold one
+            row or column: it says the least that works.
     """
-    for name, value in (("rows", rows), ("vocab_size", vocab_size), ("width", width)):
-        checks.number(name, value, 0 if name == "rows" else 1, float("inf"))
+    checks.integer("rows", rows, 0)
+    checks.integer("vocab_size", vocab_size, 1)
+    widths: tuple[int, ...] = (checks.integer("width", width, 1),)
+    if teacher_width is not None:
+        widths += (checks.integer("teacher_width", teacher_width, 1),)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be torch.float32, bfloat16 or float16, got {dtype!r}")
     checks.budget(memory_budget)
     measure = checks.divergence("divergence", divergence, 0.5, 0.5)
-    widths = (width,) if teacher_width is None else (width, teacher_width)
-    place = torch.device(device)
+    place = _device(device)
     module = pick_backend(backend, place)
     settings = layout(place, widths, {dtype}, [measure], module)
     convert, packing = settings["convert"], settings["packing"]
@@ -100,6 +106,13 @@ def plan_memory(
             workspace=max(by_block.workspace, by_row), peak=max(by_block.peak, by_row)
         )
     return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
+
+
+def _device(value: torch.device | str) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one that torch knows, got {value!r}") from error
 
 
 class _Call(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dudi_kernels.autograd import no_autocast
+from dudi_kernels.scalars import SCALES, number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ERROR = {torch.float32: 1e-3}  # of the norm, between check's logits and the model's
@@ -49,6 +50,7 @@ class LoRA:
                 "lora must have a of shape (r, D) and b of shape (V, r), "
                 f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
             )
+        number("lora.scaling", self.scaling, -math.inf, math.inf)
 
     def low(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., r)
         """fp32, also under autocast: rounded, it is what a close pair's gradient is made of."""
@@ -70,14 +72,15 @@ class LMHead:
         weight: (V, D), float32, bfloat16 or float16.
         bias: (V,) or None; `-inf` entries mask tokens, also under a softcap.
         softcap: the bound of a tanh on the logits (Gemma), or None.
-        scale: a factor on the logits (Cohere; Granite divides, so 1 / logits_scaling).
+        scale: a positive factor on the logits (Cohere; Granite divides, so 1 / logits_scaling).
         lora: a low-rank adapter of the head (peft), or None; trained without building W + B A.
 
     Raises:
         TypeError: weight or bias is not a plain floating-point tensor (quantised and sharded heads
             are not supported).
-        ValueError: shapes or devices that don't fit, a softcap that is not positive, a scale that
-            is not finite or is 0.
+        ValueError: shapes or devices that don't fit, a softcap or a scale that is not positive, or
+            so small or large that fp32 does not hold its products. A bias that is NaN, +inf or
+            -inf throughout is refused by the losses, on a CPU.
     """
 
     weight: Tensor  # (V, D)
@@ -101,14 +104,15 @@ class LMHead:
                     f"bias must be on {self.weight.device} as weight is, got {self.bias.device}"
                 )
         self._check_lora()
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
-        if self.scale == 0 or not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite and not 0, got {self.scale}")
+        if self.softcap is not None:
+            number("softcap", self.softcap, *SCALES)
+        number("scale", self.scale, *SCALES)
 
     def _check_lora(self) -> None:
         if self.lora is None:
             return
+        if not isinstance(self.lora, LoRA):
+            raise TypeError(f"lora must be a LoRA or None, got {type(self.lora).__name__}")
         got = (len(self.lora.b), self.lora.a.shape[1])
         if got != (self.vocab_size, self.width):
             raise ValueError(
@@ -234,6 +238,8 @@ def _check_tensor(name: str, value: Any) -> None:
     kind = type(value).__name__
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {kind}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     if kind not in TENSORS:  # DTensor, Params4bit, torchao's: their dtype may look like a float's
         raise TypeError(f"{name} must be a plain tensor, got {kind}: such heads are not supported")
     if value.dtype not in FLOATS:
@@ -315,5 +321,5 @@ def _shape_of_logits(config: Any, name: str) -> tuple[float | None, float]:
     for key in MULTIPLIERS:
         scale *= read(key) or 1.0
     if softcap and read("output_multiplier"):  # c tanh(x m / c) = softcap_{c / m}(x) m
-        softcap /= abs(scale)
+        softcap /= scale
     return softcap, scale

@@ -171,7 +171,7 @@ def linear_dudi_loss(
     flat = checks.targets(targets, student, None)
     ids = checks.segment_ids(segment_ids, student)
     packing = _packing(ids, student.hidden.device, num_pairs)
-    _check_settings(
+    off_policy_weight, on_policy_weight, preference_weight, ce_weight = _weights(
         off_policy_weight=off_policy_weight,
         on_policy_weight=on_policy_weight,
         preference_weight=preference_weight,
@@ -182,9 +182,9 @@ def linear_dudi_loss(
         checks.divergence("on_policy_divergence", on_policy_divergence, beta, alpha),
     )
     temperatures = checks.temperatures(temperature, teacher_temperature)
-    checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
+    preference_beta = checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
     checks.gradient_tolerance(gradient_tolerance, student)
-    if preference_length_power not in (0, 1):
+    if isinstance(preference_length_power, bool) or preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
     if preference_weight > 0:
         _check_pairs(packing)
@@ -313,9 +313,8 @@ class _Signals:
         return loss
 
 
-def _check_settings(**weights: float) -> None:
-    for name, value in weights.items():
-        checks.number(name, value, 0, math.inf)
+def _weights(**given: float) -> list[float]:
+    return [checks.number(name, value, 0, math.inf) for name, value in given.items()]
 
 
 def _packing(ids: Tensor, device: torch.device, num_pairs: int | None) -> Packing:
@@ -325,9 +324,7 @@ def _packing(ids: Tensor, device: torch.device, num_pairs: int | None) -> Packin
             "sequences say what is launched, and the host can't read them from the GPU then"
         )
     least = int(ids[-1]) // 2 + 1 if len(ids) else 0
-    if num_pairs is not None and num_pairs < least:
-        raise ValueError(f"num_pairs must be at least {least}, got {num_pairs}")
-    count = 2 * (least if num_pairs is None else num_pairs)
+    count = 2 * (least if num_pairs is None else checks.integer("num_pairs", num_pairs, least))
     lengths = torch.bincount(ids, minlength=count)
     return Packing(on_device(ids, device), count, [0, *lengths.cumsum(0).tolist()])
 
@@ -349,12 +346,14 @@ def _check_pairs(packing: Packing) -> None:
 def _denominator(name: str, value: Denominator, own: int) -> float | Tensor:
     """A global count; one that is 0 has no rows to divide. It stays on the device where the host
     can't read it, so that a replay of a CUDA graph takes the count of its own."""
-    if isinstance(value, Tensor) and devices.capturing(value.device):
-        count = value.detach().reshape(()).float()
-        return torch.where(count == 0, 1, count)
-    number = float(own if value is None else value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {number}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+        if devices.capturing(value.device):
+            count = value.detach().reshape(()).float()
+            return torch.where(count == 0, 1, count)
+        value = value.item()
+    number = checks.number(name, own if value is None else value, 0, math.inf)
     if number == 0 and own > 0:
         raise ValueError(f"{name} must be positive with {own} of them in this call, got {number}")
     return number or 1.0
@@ -372,12 +371,18 @@ def _reference(value: Reference, packing: Packing, student: Rows) -> Tensor:
     absent = count > 0 and packing.starts[-1] == packing.starts[-2]  # a last y- without rows
     if value.ndim != 1 or len(value) not in ((count, count - 1) if absent else (count,)):
         raise ValueError(f"reference_log_prob must have shape ({count},), got {tuple(value.shape)}")
-    if value.device != device and devices.capturing(device):
+    if value.device != device:
         raise ValueError(
-            f"reference_log_prob must be on {device} while a CUDA graph is captured, got "
-            f"{value.device}"
+            f"reference_log_prob must be on {device} as the rows are, got {value.device}"
         )
-    return F.pad(value.detach().float().to(device), (0, count - len(value)))
+    if value.is_complex():
+        raise TypeError(f"reference_log_prob must be real numbers, got {value.dtype}")
+    own = value.detach().float()
+    if (i := checks.first(~(own < math.inf))) is not None:
+        raise ValueError(
+            f"reference_log_prob must be finite or -inf, got {float(own[i])} of sequence {i}"
+        )
+    return F.pad(own, (0, count - len(value)))
 
 
 def _teacher(student: Rows, hidden: Tensor | None, head: Head | None) -> Rows:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dudi_kernels.adaptive import forward_share
 from dudi_kernels.divergences import FLOOR, TINY, Measure
+from dudi_kernels.scalars import INTEGERS
 from dudi_kernels.sweep import Chunk, Needs, RowValues, Side, new_gradients
 from dudi_kernels.tiles import (
     STUDENT_POLE,
@@ -51,7 +52,10 @@ class TopKTeacher:
     log_probs: Tensor
 
     def __post_init__(self) -> None:
-        if self.ids.is_floating_point() or not self.log_probs.is_floating_point():
+        for name in ("ids", "log_probs"):
+            if not isinstance(value := getattr(self, name), Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if self.ids.dtype not in INTEGERS or not self.log_probs.is_floating_point():
             got = f"{self.ids.dtype} and {self.log_probs.dtype}"
             raise TypeError(f"ids must be integers and log_probs floating-point, got {got}")
         if self.ids.shape != self.log_probs.shape or self.ids.ndim < 2 or not self.ids.shape[-1]:

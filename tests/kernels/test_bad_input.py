@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from dudi_kernels import (
     LMHead,
+    LoRA,
     TopKTeacher,
     linear_cross_entropy,
+    linear_distill,
     linear_distill_loss,
     linear_dudi_loss,
     linear_log_prob,
+    plan_memory,
     sequence_log_prob,
 )
+from dudi_kernels.scalars import POWERS, SCALES, SHARES, TEMPERATURES
 
 N, V, D, E = 6, 20, 4, 5
+TOP = TopKTeacher(torch.zeros(N, 1).long(), torch.zeros(N, 1))
 
 
 def arguments() -> dict:
@@ -81,10 +87,16 @@ DISTILL = [
     ),
     ({"divergence": "forwad_kl"}, ValueError, "got 'forwad_kl'; did you mean 'forward_kl'?"),
     ({"divergence": 3}, ValueError, "divergence must be one of forward_kl"),
-    ({"divergence": "jsd", "beta": 0}, ValueError, "beta must be in (0, 1), got 0"),
-    ({"divergence": "jsd", "beta": 1.0}, ValueError, "beta must be in (0, 1), got 1.0"),
-    ({"divergence": "skew_forward_kl", "alpha": 1}, ValueError, "alpha must be in (0, 1), got 1"),
-    ({"temperature": 0}, ValueError, "temperature must be in (0, inf), got 0"),
+    ({"divergence": "jsd", "beta": 0}, ValueError, "beta must be in [1e-06, 0.999999], got 0"),
+    ({"divergence": "jsd", "beta": 1.0}, ValueError, "beta must be in [1e-06, 0.999999], got 1.0"),
+    ({"divergence": "jeffreys", "beta": 1e-300}, ValueError, "beta must be in [1e-06, 0.999999]"),
+    ({"divergence": "skew_forward_kl", "alpha": 1}, ValueError, "alpha must be in [1e-06, "),
+    ({"divergence": "alpha_beta", "alpha": 1e-30}, ValueError, "alpha must be in [0.001, 1000.0]"),
+    ({"divergence": "alpha_beta", "beta": 1e30}, ValueError, "beta must be in [0.001, 1000.0]"),
+    ({"temperature": 0}, ValueError, "temperature must be in [1e-09, 1000000000.0], got 0"),
+    ({"temperature": 1e-320}, ValueError, "temperature must be in [1e-09, 1000000000.0]"),
+    ({"temperature": 10**400}, ValueError, "temperature must be a finite number"),
+    ({"teacher_temperature": 1e-320}, ValueError, "teacher_temperature must be in [1e-09, "),
     ({"temperature": float("nan")}, ValueError, "temperature must be a finite number, got nan"),
     ({"ce_weight": -1}, ValueError, "ce_weight must be in [0, inf), got -1"),
     ({"ce_weight": 1.0, "targets": None}, ValueError, "targets must be given with ce_weight > 0"),
@@ -96,6 +108,14 @@ DISTILL = [
         "targets must be in [0, 20) or ignore_index=-100, got 20 at row 3",
     ),
     ({"targets": torch.tensor([0, -1, 2, 3, 4, 5])}, ValueError, "got -1 at row 1"),
+    ({"targets": torch.zeros(N, dtype=torch.cfloat)}, TypeError, "integers, got torch.complex64"),
+    ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    ({"ignore_index": "x", "targets": None}, TypeError, "ignore_index must be an integer, got 'x'"),
+    (
+        {"token_weight": torch.ones(N, dtype=torch.cfloat)},
+        TypeError,
+        "token_weight must be real numbers, got torch.complex64",
+    ),
     ({"token_weight": 1.0}, TypeError, "token_weight must be a tensor, got float"),
     ({"token_weight": torch.ones(4)}, ValueError, "token_weight must have shape (6,), got (4,)"),
     (
@@ -104,6 +124,21 @@ DISTILL = [
         "token_weight must be finite and not negative, got -0.5 at row 2",
     ),
     ({"token_weight": torch.full((N,), torch.nan)}, ValueError, "got nan at row 0"),
+    (
+        {"student_head": LMHead(torch.randn(V, D), torch.full((V,), torch.nan))},
+        ValueError,
+        "student_head.bias must be finite, or -inf for some tokens, got a maximum of nan",
+    ),
+    (
+        {"teacher_head": LMHead(torch.randn(V, E), torch.full((V,), torch.inf))},
+        ValueError,
+        "teacher_head.bias must be finite, or -inf for some tokens, got a maximum of inf",
+    ),
+    (
+        {"teacher_head": LMHead(torch.randn(V, E), torch.full((V,), -torch.inf))},
+        ValueError,
+        "teacher_head.bias must be finite, or -inf for some tokens, got a maximum of -inf",
+    ),
     ({"backend": "tritan"}, ValueError, "did you mean 'triton'?"),
     ({"memory_budget": 100}, ValueError, "memory_budget must be at least"),
     ({"memory_budget": 1e9}, TypeError, "memory_budget must be a number of bytes, got 1000000000"),
@@ -126,6 +161,27 @@ def test_one_side_may_be_flat():
 
 
 DUDI = [
+    (
+        {"segment_ids": torch.tensor([0, 0, 1, 1, 2, 10**12])},
+        ValueError,
+        "segment_ids must count the sequences from 0, below 1048576, got 1000000000000 at row 5",
+    ),
+    ({"num_pairs": 2.5}, TypeError, "num_pairs must be an integer, got 2.5"),
+    ({"num_pairs": 1}, ValueError, "num_pairs must be at least 2, got 1"),
+    ({"off_policy_rows": "a"}, ValueError, "off_policy_rows must be a finite number, got 'a'"),
+    ({"pairs": torch.ones(2)}, ValueError, "pairs must be one number, got shape (2,)"),
+    ({"preference_length_power": True}, ValueError, "preference_length_power must be 0 or 1"),
+    (
+        {"reference_log_prob": torch.zeros(4, device="meta")},
+        ValueError,
+        "reference_log_prob must be on cpu as the rows are, got meta",
+    ),
+    (
+        {"reference_log_prob": torch.tensor([0, -1, torch.nan, 0])},
+        ValueError,
+        "reference_log_prob must be finite or -inf, got nan of sequence 2",
+    ),
+    ({"teacher_hidden": TOP}, TypeError, "only linear_distill_loss takes a TopKTeacher"),
     ({"segment_ids": torch.tensor([0, 0, 1, 1, 3, 2])}, ValueError, "must not decrease, got 2"),
     ({"segment_ids": torch.tensor([-1, 0, 1, 1, 2, 3])}, ValueError, "not be negative, got -1"),
     ({"segment_ids": torch.zeros(N)}, TypeError, "segment_ids must be integers"),
@@ -146,7 +202,7 @@ DUDI = [
     ({"reference_log_prob": "techer"}, ValueError, "did you mean 'teacher'?"),
     ({"reference_log_prob": 1.0}, TypeError, "reference_log_prob must be a tensor, 'teacher'"),
     ({"reference_log_prob": torch.zeros(3)}, ValueError, "must have shape (4,), got (3,)"),
-    ({"off_policy_rows": -1}, ValueError, "off_policy_rows must be finite and not negative"),
+    ({"off_policy_rows": -1}, ValueError, "off_policy_rows must be in [0, inf), got -1"),
     ({"pairs": 0}, ValueError, "pairs must be positive with 2 of them in this call, got 0"),
     (
         {
@@ -187,11 +243,98 @@ def test_the_rest():
         ValueError,
         "num_segments must be at least 6, got 3",
     )
+    refuses(
+        sequence_log_prob,
+        {**one, "segment_ids": targets, "num_segments": 6.5},
+        TypeError,
+        "num_segments must be an integer, got 6.5",
+    )
+    given = {**arguments(), "teacher_hidden": TOP}
+    refuses(linear_distill, given, TypeError, "only linear_distill_loss takes a TopKTeacher")
     for settings, error, message in (
+        ({"weight": head.to_sparse()}, TypeError, "weight must be a dense tensor, got"),
+        ({"weight": head, "lora": 5}, TypeError, "lora must be a LoRA or None, got int"),
+        ({"weight": head, "softcap": "a"}, ValueError, "softcap must be a finite number, got 'a'"),
+        ({"weight": head, "scale": "x"}, ValueError, "scale must be a finite number, got 'x'"),
+        ({"weight": head, "scale": torch.ones(1)}, ValueError, "scale must be a finite number"),
+        ({"weight": head, "scale": -1.0}, ValueError, "scale must be in [1e-15, "),
         ({"weight": head[0]}, ValueError, "weight must have shape (V, D) with V > 0, got (4,)"),
         ({"weight": head, "bias": head[0]}, ValueError, "bias must have shape (20,), got (4,)"),
         ({"weight": head, "bias": 0.0}, TypeError, "bias must be a tensor, got float"),
-        ({"weight": head, "softcap": 0.0}, ValueError, "softcap must be positive or None, got 0"),
-        ({"weight": head, "scale": 0.0}, ValueError, "scale must be finite and not 0, got 0.0"),
+        ({"weight": head, "softcap": 0.0}, ValueError, "softcap must be in [1e-15, "),
+        ({"weight": head, "scale": 0.0}, ValueError, "scale must be in [1e-15, "),
     ):
         refuses(LMHead, settings, error, message)
+    factors = {"a": torch.zeros(2, D), "b": torch.zeros(V, 2)}
+    refuses(LoRA, {**factors, "scaling": float("nan")}, ValueError, "lora.scaling must be a finite")
+    wrong: list[tuple[dict, type[Exception], str]] = [
+        ({"ids": [0]}, TypeError, "ids must be a tensor, got list"),
+        ({"log_probs": [0.0]}, TypeError, "log_probs must be a tensor, got list"),
+        ({"ids": TOP.ids.bool()}, TypeError, "ids must be integers"),
+    ]
+    for change, kind, text in wrong:
+        given = {"ids": TOP.ids, "log_probs": TOP.log_probs, **change}
+        refuses(TopKTeacher, given, kind, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": 1.5}, TypeError, "rows must be an integer, got 1.5"),
+        ({"rows": -1}, ValueError, "rows must be at least 0, got -1"),
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ({"teacher_width": 0}, ValueError, "teacher_width must be at least 1, got 0"),
+        ({"teacher_width": 2.5}, TypeError, "teacher_width must be an integer, got 2.5"),
+        ({"dtype": torch.float64}, TypeError, "dtype must be torch.float32, bfloat16 or float16"),
+        ({"dtype": "bf16"}, TypeError, "dtype must be torch.float32, bfloat16 or float16"),
+        ({"device": "gpu"}, ValueError, "device must be one that torch knows, got 'gpu'"),
+        ({"device": 1.5}, ValueError, "device must be one that torch knows, got 1.5"),
+    ],
+)
+def test_plan_memory(change, error, message):
+    refuses(plan_memory, {"rows": N, "vocab_size": V, "width": D, **change}, error, message)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": TEMPERATURES[0]},
+        {"temperature": TEMPERATURES[1]},
+        *({"divergence": d, "beta": s} for d in ("jsd", "jeffreys") for s in SHARES),
+        *(
+            {"divergence": f"skew_{d}_kl", "alpha": s}
+            for d in ("forward", "reverse")
+            for s in SHARES
+        ),
+        *({"divergence": "alpha_beta", "alpha": a, "beta": b} for a in POWERS for b in POWERS),
+    ],
+    ids=str,
+)
+def test_the_ends_of_what_is_accepted_are_finite(settings):
+    for bias in (None, torch.tensor([-torch.inf, *[0.0] * (V - 1)])):
+        given = arguments()
+        for name in ("student", "teacher"):
+            given[f"{name}_head"] = LMHead(given[f"{name}_head"], bias)
+        given["student_hidden"].requires_grad_()
+        got = linear_distill_loss(**given, **settings)
+        got.loss.backward()
+        assert got.loss.isfinite() and got.divergence.isfinite().all()
+        assert given["student_hidden"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("softcap", [None, *SCALES])
+def test_extreme_heads_are_finite(scale, softcap):
+    hidden = torch.randn(N, D, requires_grad=True)
+    head = LMHead(torch.randn(V, D), None, softcap, scale)
+    values = linear_log_prob(hidden, head, torch.arange(N))
+    (grad,) = torch.autograd.grad(values.sum(), hidden)
+    assert values.isfinite().all() and grad.isfinite().all()
+
+
+def test_numbers_of_numpy():
+    given = arguments()
+    want = linear_distill_loss(**given, temperature=2.0, ce_weight=0.5)
+    got = linear_distill_loss(**given, temperature=np.float32(2), ce_weight=np.float64(0.5))
+    assert got.loss == want.loss
+    assert plan_memory(np.int64(N), V, D) == plan_memory(N, V, D)

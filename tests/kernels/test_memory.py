@@ -274,7 +274,7 @@ def test_plan_memory_counts_the_gemms():
     assert plan_memory(512, 150_000, 896, train_weight=False).flops == 2 * one
     frozen = plan_memory(512, 150_000, 896, train_weight=False)
     assert frozen.gradients == 512 * 896 * 4
-    with pytest.raises(ValueError, match="vocab_size must be"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 1"):
         plan_memory(512, 0, 896)
 
 
