@@ -123,6 +123,11 @@ def _leaves(tensors: Sequence[Tensor], needs: Sequence[bool]) -> Tensors:
     ]
 
 
+def _new_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> Tensors:
+    """Contiguous, whatever the strides of the tensors are."""
+    return [t.new_empty(t.shape) for t, needed in zip(tensors, needs, strict=True) if needed]
+
+
 def _shapes(name: str, tensors: Sequence[Tensor], text: str) -> list[tuple[int, ...]]:
     """Of the results, from shapes alone."""
     places = _read(text)
@@ -160,7 +165,7 @@ def scalar(tensors: Sequence[Tensor], name: str, text: str, needs: Sequence[bool
         results = _run(name, inputs, text)
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
         grads = torch.autograd.grad(results[0], wanted) if wanted else ()
-        return [r.detach().clone() for r in results] + list(grads)
+        return [r.detach().clone() for r in results] + [g.contiguous() for g in grads]
 
     return _apart(work, _device(tensors))
 
@@ -170,8 +175,7 @@ def _(tensors, name, text, needs):
     results = [
         tensors[0].new_empty(shape, dtype=torch.float32) for shape in _shapes(name, tensors, text)
     ]
-    grads = [torch.empty_like(t) for t, needed in zip(tensors, needs, strict=True) if needed]
-    return results + grads
+    return results + _new_gradients(tensors, needs)
 
 
 def _scalar_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
@@ -228,14 +232,14 @@ def rows_backward(
         pairs = [(r, g) for r, g in zip(own, grads, strict=True) if r.requires_grad]
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
         outputs, seeds = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(outputs, wanted, seeds))
+        return [g.contiguous() for g in torch.autograd.grad(outputs, wanted, seeds)]
 
     return _apart(work, _device(tensors))
 
 
 @rows_backward.register_fake
 def _(grads, there, tensors, name, text, needs):
-    return [torch.empty_like(t) for t, needed in zip(tensors, needs, strict=True) if needed]
+    return _new_gradients(tensors, needs)
 
 
 def _rows_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
@@ -266,13 +270,13 @@ def traceable(
     """Let a public function be traced as one operator; gradients reach what `trained` names."""
 
     def decorate(plain: Callable[P, R]) -> Callable[P, R]:
-        names = list(inspect.signature(plain).parameters)
+        signature = inspect.signature(plain)
 
         @wraps(plain)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
                 return plain(*args, **kwargs)
-            arguments = dict(zip(names, args, strict=False)) | kwargs
+            arguments = signature.bind(*args, **kwargs).arguments  # hidden states are the first
             by_row = per_row if isinstance(per_row, bool) else per_row(arguments)
             results = _call(plain.__name__, arguments, trained, rows if by_row else scalar)
             if result is None:

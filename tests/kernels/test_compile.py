@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from cases import error, make_side, make_targets
@@ -21,6 +23,12 @@ from dudi_kernels import (
 ROWS, VOCAB, WIDTH = 24, 301, 16
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def student():
     return make_side(ROWS, VOCAB, WIDTH, bias=True, softcap=5.0)
@@ -29,6 +37,18 @@ def student():
 @pytest.fixture
 def teacher():
     return make_side(ROWS, VOCAB, 20, seed=3)
+
+
+INDUCTOR = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path_factory):
+    """What inductor keeps of earlier sessions does not see that an operator has changed."""
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    directory = tmp_path_factory.getbasetemp() / "inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory))
 
 
 SEGMENTS = torch.arange(4).repeat_interleave(ROWS // 4)
@@ -91,7 +111,6 @@ def test_one_graph_equals_eager(name, student, teacher):
     assert error(graph, eager) < 1e-6
     for a, b in zip(others, gradients, strict=True):
         assert error(a, b) < 1e-6
-    torch.compiler.reset()
 
 
 def test_frozen_parts_and_no_grad(student, teacher):
@@ -101,7 +120,6 @@ def test_frozen_parts_and_no_grad(student, teacher):
     assert student.weight.grad is None and student.hidden.grad is not None
     with torch.no_grad():
         assert not run(student, teacher).requires_grad
-    torch.compiler.reset()
 
 
 def test_checks_still_speak(student, teacher):
@@ -112,7 +130,44 @@ def test_checks_still_speak(student, teacher):
     )
     with pytest.raises(ValueError, match=r"targets must be in .* at row 2"):
         run(student, TARGETS.clone().index_fill(0, torch.tensor([2]), VOCAB))
-    torch.compiler.reset()
+
+
+def test_keywords_in_any_order(student):
+    run = torch.compile(
+        lambda s: linear_cross_entropy(
+            reduction="none", targets=TARGETS, head=head(s), hidden=s.hidden
+        ).view(4, -1),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    want = linear_cross_entropy(student.hidden, head(student), TARGETS, reduction="none")
+    assert error(run(student).flatten(), want) < 1e-6
+
+
+def test_arguments_that_do_not_fit_are_refused(student):
+    run = torch.compile(
+        lambda s: linear_cross_entropy(s.hidden, head(s), TARGETS, "sum"),  # type: ignore
+        backend="aot_eager",
+    )
+    with pytest.raises(TypeError, match="positional"):
+        run(student)
+
+
+@INDUCTOR
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_prob])
+def test_tensors_that_are_not_contiguous(function, own_cache):
+    """With inductor, which relies on the strides that an operator has promised."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 4, WIDTH, generator=random).transpose(0, 1).requires_grad_()
+    weight = torch.randn(WIDTH, VOCAB, generator=random).T.requires_grad_()
+    targets = TARGETS.view(4, 6)
+
+    def loss():
+        return function(hidden, weight, targets).sum()
+
+    want = torch.autograd.grad(loss(), (hidden, weight))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(), (hidden, weight))
+    assert all(error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
 
 
 def _calls(student, teacher):
