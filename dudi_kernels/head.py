@@ -99,7 +99,7 @@ class LMHead:
         self._check_lora()
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
-        if self.scale == 0 or not math.isfinite(self.scale):
+        if not 0 < abs(self.scale) < math.inf:
             raise ValueError(f"scale must be finite and not 0, got {self.scale}")
 
     def _check_lora(self) -> None:
