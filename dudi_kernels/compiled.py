@@ -115,10 +115,18 @@ def _tensors_of(place: Place) -> list[int]:
     return [i for part in what for i in _tensors_of(part)] if kind in KINDS else []
 
 
-def _run(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], text: str) -> list[Tensor]:
+def _run(
+    name: str,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    text: str,
+    autocast: torch.dtype | None,
+) -> list[Tensor]:
     places = _read(text)
     given = {key: _restored(place, tensors, sizes) for key, place in places.items()}
-    result = function(name)(**given)
+    kind = _device(tensors).type
+    with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+        result = function(name)(**given)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -196,13 +204,18 @@ def _no_gradients(others: Sequence[Any]) -> list[Any]:
 
 @torch.library.custom_op("dudi_kernels::scalar", mutates_args=())
 def scalar(
-    tensors: Sequence[Tensor], sizes: Sequence[int], name: str, text: str, needs: Sequence[bool]
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    name: str,
+    text: str,
+    autocast: torch.dtype | None,  # where it is on: what runs an operator switches it off
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """The results of a scalar loss, then the gradients that are wanted."""
 
     def work() -> list[Tensor]:
         inputs = _leaves(tensors, needs)
-        results = _run(name, inputs, sizes, text)
+        results = _run(name, inputs, sizes, text, autocast)
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
         grads = torch.autograd.grad(results[0], wanted) if wanted else ()
         return [r.detach().clone() for r in results] + [g.contiguous() for g in grads]
@@ -211,7 +224,7 @@ def scalar(
 
 
 @scalar.register_fake
-def _(tensors, sizes, name, text, needs):
+def _(tensors, sizes, name, text, autocast, needs):
     return _new_results(name, tensors, sizes, text) + _new_gradients(tensors, needs)
 
 
@@ -239,14 +252,19 @@ scalar.register_autograd(_scalar_backward, setup_context=_scalar_context)
 
 @torch.library.custom_op("dudi_kernels::rows", mutates_args=())
 def rows(
-    tensors: Sequence[Tensor], sizes: Sequence[int], name: str, text: str, needs: Sequence[bool]
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    name: str,
+    text: str,
+    autocast: torch.dtype | None,  # where it is on: what runs an operator switches it off
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     with torch.no_grad():
-        return [r.clone() for r in _run(name, tensors, sizes, text)]
+        return [r.clone() for r in _run(name, tensors, sizes, text, autocast)]
 
 
 @rows.register_fake
-def _(tensors, sizes, name, text, needs):
+def _(tensors, sizes, name, text, autocast, needs):
     return _new_results(name, tensors, sizes, text)
 
 
@@ -258,13 +276,14 @@ def rows_backward(
     sizes: Sequence[int],
     name: str,
     text: str,
+    autocast: torch.dtype | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that are wanted."""
 
     def work() -> list[Tensor]:
         inputs = _leaves(tensors, needs)
-        results = _run(name, inputs, sizes, text)
+        results = _run(name, inputs, sizes, text, autocast)
         own = [result for result, given in zip(results, there, strict=True) if given]
         pairs = [(r, g) for r, g in zip(own, grads, strict=True) if r.requires_grad]
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
@@ -275,7 +294,7 @@ def rows_backward(
 
 
 @rows_backward.register_fake
-def _(grads, there, tensors, sizes, name, text, needs):
+def _(grads, there, tensors, sizes, name, text, autocast, needs):
     return _new_gradients(tensors, needs)
 
 
@@ -334,4 +353,9 @@ def _call(name: str, arguments: dict[str, Any], trained: tuple[str, ...], operat
     own = [i for key in trained for i in _tensors_of(flat.places[key])]
     enabled = torch.is_grad_enabled()
     needs = [enabled and i in own and tensor.requires_grad for i, tensor in enumerate(flat.tensors)]
-    return operator(flat.tensors, flat.sizes, name, flat.text, needs)
+    return operator(flat.tensors, flat.sizes, name, flat.text, _autocast(flat.tensors), needs)
+
+
+def _autocast(tensors: Tensors) -> torch.dtype | None:
+    kind = _device(tensors).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -279,6 +279,33 @@ def test_numbers_that_change_with_inductor(own_cache, student, teacher):
         assert all(error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("name", ["distill_loss", "distill", "log_prob", "dudi"])
+def test_autocast(name, where, student, teacher):
+    """Of the hidden states: around the graph or a part of it."""
+    function, on = FUNCTIONS[name], torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def inside(s, t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(s, t)
+
+    run = torch.compile(
+        function if where == "outside" else inside, fullgraph=True, backend="aot_eager"
+    )
+    teacher.hidden.requires_grad_(False)
+    teacher.weight.requires_grad_(False)
+    exact = function(student, teacher)
+    with on:
+        eager, graph = function(student, teacher), run(student, teacher)
+    if where == "inside":
+        graph = run(student, teacher)
+    assert error(graph, eager) < 1e-6 < error(exact, eager)
+    want, got = (torch.autograd.grad(loss, student.inputs) for loss in (eager, graph))
+    assert all(error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
+    if where == "outside":
+        assert error(run(student, teacher), exact) < 1e-6
+
+
 def _calls(student, teacher):
     lora = LoRA(torch.randn(2, WIDTH).requires_grad_(), torch.randn(VOCAB, 2).requires_grad_())
     head = LMHead(student.weight, student.bias, student.softcap, lora=lora)
@@ -323,7 +350,7 @@ def test_operators_are_what_torch_asks(name, student, teacher):
     operator, arguments = _calls(student, teacher)[name]
     flat = compiled.Flat.of(arguments)
     needs = [t.requires_grad for t in flat.tensors]
-    torch.library.opcheck(operator, (flat.tensors, flat.sizes, name, flat.text, needs))
+    torch.library.opcheck(operator, (flat.tensors, flat.sizes, name, flat.text, None, needs))
 
 
 def test_an_operator_with_a_size_and_a_number(student):
@@ -339,7 +366,7 @@ def test_an_operator_with_a_size_and_a_number(student):
         ]
     )
     needs = [t.requires_grad for t in tensors]
-    torch.library.opcheck(compiled.rows, (tensors, [4], "sequence_log_prob", text, needs))
+    torch.library.opcheck(compiled.rows, (tensors, [4], "sequence_log_prob", text, None, needs))
 
 
 def test_the_backward_operator_is_what_torch_asks(student, teacher):
@@ -348,5 +375,5 @@ def test_the_backward_operator_is_what_torch_asks(student, teacher):
     needs = [t.requires_grad for t in flat.tensors]
     grads, there = [torch.randn(ROWS), torch.randn(ROWS)], [True, False, True, False]
     own = [t.detach() for t in flat.tensors]
-    rest = (own, flat.sizes, "linear_distill", flat.text, needs)
+    rest = (own, flat.sizes, "linear_distill", flat.text, None, needs)
     torch.library.opcheck(compiled.rows_backward, (grads, there, *rest))
