@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from dudi_kernels.devices import current_stream
 from dudi_kernels.head import LMHead, LoRA
+from dudi_kernels.topk import TopKTeacher
 
 Tensors = list[torch.Tensor]
+Place = tuple[str, Any]  # where an argument is in the flat lists, or what it is
 
-HEAD_PARTS = 4  # weight, bias, A and B of an LMHead, in the flat list of tensors
+PARTS: dict[type, tuple[str, ...]] = {  # what is taken apart, in the order that rebuilds it
+    LMHead: ("weight", "bias", "softcap", "scale", "lora"),
+    LoRA: ("a", "b", "scaling"),
+    TopKTeacher: ("ids", "log_probs"),
+}
+KINDS = {kind.__name__: kind for kind in PARTS}
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -33,66 +42,92 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(dudi_kernels, name)
 
 
-# ---- arguments as a flat list of tensors and a string --------------------------------------------
-
-Places = dict[str, tuple[str, Any]]  # argument -> ("head" | "tensor" | "value", where or what)
+# ---- arguments as flat lists of tensors and integers, and a string -------------------------------
 
 
-def _flatten(arguments: dict[str, Any]) -> tuple[Tensors, Places]:
-    """Tensors in order, where they belong, and what the rest is. Dynamo traces this."""
-    tensors: Tensors = []
-    places: Places = {}
-    for name, value in arguments.items():
-        if isinstance(value, LMHead):
-            a, b, scaling = None, None, 1.0
-            if value.lora is not None:
-                a, b, scaling = value.lora.a, value.lora.b, value.lora.scaling
-            where = []
-            for tensor in (value.weight, value.bias, a, b):
-                where.append(-1 if tensor is None else len(tensors))
-                if tensor is not None:
-                    tensors.append(tensor)
-            places[name] = ("head", (*where, value.softcap, value.scale, scaling))
-        elif isinstance(value, Tensor):
-            places[name] = ("tensor", len(tensors))
-            tensors.append(value)
-        else:
-            places[name] = ("value", value)
-    return tensors, places
+class Flat(NamedTuple):
+    """The arguments of a call. Dynamo traces what makes them of arguments."""
+
+    tensors: Tensors
+    sizes: list[int]
+    places: dict[str, Place]
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> Flat:
+        tensors: Tensors = []
+        sizes: list[int] = []
+        places = {name: _place(value, tensors, sizes) for name, value in arguments.items()}
+        return cls(tensors, sizes, places)
+
+    @property
+    def text(self) -> str:
+        """One line an argument: dynamo can't trace a JSON encoder."""
+        return "\n".join([f"{name} {place!r}" for name, place in self.places.items()])
 
 
-def _write(places: Places) -> str:
-    """One line an argument: dynamo can't trace a JSON encoder."""
-    return "\n".join([f"{name} {kind} {what!r}" for name, (kind, what) in places.items()])
+def _place(value: Any, tensors: Tensors, sizes: list[int]) -> Place:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return "tensor", len(tensors) - 1
+    if isinstance(value, (LMHead, LoRA, TopKTeacher)):
+        kind = type(value)
+        parts = [_place(getattr(value, part), tensors, sizes) for part in PARTS[kind]]
+        return kind.__name__, tuple(parts)
+    if not isinstance(value, (int, float)) or _constant(value):
+        return "value", value
+    # A number that changes from call to call would be compiled again for each value as a constant,
+    # and so would a float that is an operator's argument.
+    if isinstance(value, int):
+        sizes.append(value)
+        return "size", len(sizes) - 1
+    tensors.append(torch.ones((), dtype=torch.float64, device="cpu") * value)
+    return "number", len(tensors) - 1
 
 
-def _read(text: str) -> Places:
-    found: Places = {}
-    for line in text.split("\n"):
-        name, kind, what = line.split(" ", 2)
-        found[name] = (kind, ast.literal_eval(what))
-    return found
+def _constant(value: float) -> bool:
+    return has_static_value(value) and math.isfinite(value)  # `inf` is no Python literal
 
 
-def _restore(tensors: Sequence[Tensor], text: str) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for name, (kind, what) in _read(text).items():
-        match kind:
-            case "head":
-                *where, softcap, scale, scaling = what
-                weight, bias, a, b = (None if i < 0 else tensors[i] for i in where)
-                assert weight is not None
-                lora = None if a is None or b is None else LoRA(a, b, scaling)
-                arguments[name] = LMHead(weight, bias, softcap, scale, lora)
-            case "tensor":
-                arguments[name] = tensors[what]
-            case _:
-                arguments[name] = what
-    return arguments
+def _read(text: str) -> dict[str, Place]:
+    lines = (line.split(" ", 1) for line in text.split("\n"))
+    return {name: ast.literal_eval(place) for name, place in lines}
 
 
-def _run(name: str, tensors: Sequence[Tensor], text: str) -> list[Tensor]:
-    result = function(name)(**_restore(tensors, text))
+def _restored(place: Place, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Any:
+    kind, what = place
+    match kind:
+        case "tensor":
+            return tensors[what]
+        case "number":
+            return tensors[what].item()
+        case "size":
+            return sizes[what]
+        case "value":
+            return what
+        case _:
+            return KINDS[kind](*(_restored(part, tensors, sizes) for part in what))
+
+
+def _tensors_of(place: Place) -> list[int]:
+    """Where those are that gradients may be wanted for."""
+    kind, what = place
+    if kind == "tensor":
+        return [what]
+    return [i for part in what for i in _tensors_of(part)] if kind in KINDS else []
+
+
+def _run(
+    name: str,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    text: str,
+    autocast: torch.dtype | None,
+) -> list[Tensor]:
+    places = _read(text)
+    given = {key: _restored(place, tensors, sizes) for key, place in places.items()}
+    kind = _device(tensors).type
+    with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+        result = function(name)(**given)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -125,15 +160,21 @@ def _leaves(tensors: Sequence[Tensor], needs: Sequence[bool]) -> Tensors:
     ]
 
 
-def _shapes(name: str, tensors: Sequence[Tensor], text: str) -> list[tuple[int, ...]]:
+def _new_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> Tensors:
+    """Contiguous, whatever the strides of the tensors are."""
+    return [t.new_empty(t.shape) for t, needed in zip(tensors, needs, strict=True) if needed]
+
+
+def _shapes(
+    name: str, tensors: Sequence[Tensor], sizes: Sequence[int], text: str
+) -> list[tuple[int, ...]]:
     """Of the results, from shapes alone."""
     places = _read(text)
 
     def value(key: str) -> Any:
-        return places[key][1] if key in places else None
+        return _restored(places[key], tensors, sizes) if key in places else None
 
-    hidden = tensors[0]
-    rows = tuple(hidden.shape[:-1])
+    rows = tuple(tensors[0].shape[:-1])  # of the hidden states
     match name:
         case "linear_distill_loss":
             return [(), *[rows] * 4, (), ()]
@@ -150,37 +191,48 @@ def _shapes(name: str, tensors: Sequence[Tensor], text: str) -> list[tuple[int, 
             return [rows]
 
 
+def _new_results(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], text: str) -> Tensors:
+    shapes = _shapes(name, tensors, sizes, text)
+    return [tensors[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _no_gradients(others: Sequence[Any]) -> list[Any]:
+    """Of arguments that are no tensors; torch takes an empty list for one of tensors."""
+    return [[] if value == [] else None for value in others]
+
+
 # ---- scalars -------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("dudi_kernels::scalar", mutates_args=())
-def scalar(tensors: Sequence[Tensor], name: str, text: str, needs: Sequence[bool]) -> list[Tensor]:
+def scalar(
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    name: str,
+    text: str,
+    autocast: torch.dtype | None,  # where it is on: what runs an operator switches it off
+    needs: Sequence[bool],
+) -> list[Tensor]:
     """The results of a scalar loss, then the gradients that are wanted."""
 
     def work() -> list[Tensor]:
         inputs = _leaves(tensors, needs)
-        results = _run(name, inputs, text)
+        results = _run(name, inputs, sizes, text, autocast)
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
         grads = torch.autograd.grad(results[0], wanted) if wanted else ()
-        return [r.detach().clone() for r in results] + list(grads)
+        return [r.detach().clone() for r in results] + [g.contiguous() for g in grads]
 
     return _apart(work, _device(tensors))
 
 
 @scalar.register_fake
-def _(tensors, name, text, needs):
-    results = [
-        tensors[0].new_empty(shape, dtype=torch.float32) for shape in _shapes(name, tensors, text)
-    ]
-    grads = [torch.empty_like(t) for t, needed in zip(tensors, needs, strict=True) if needed]
-    return results + grads
+def _(tensors, sizes, name, text, autocast, needs):
+    return _new_results(name, tensors, sizes, text) + _new_gradients(tensors, needs)
 
 
 def _scalar_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
-    *_, needs = inputs
-    count = sum(needs)
-    ctx.needs, ctx.results = needs, len(output) - count
-    ctx.save_for_backward(*output[len(output) - count :])
+    _, *ctx.others = inputs  # the needs are the last
+    ctx.save_for_backward(*output[len(output) - sum(ctx.others[-1]) :])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -188,10 +240,10 @@ def _scalar_backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     saved = iter(ctx.saved_tensors)
     first = grads[0]
     scaled: list[Tensor | None] = []
-    for needed in ctx.needs:
+    for needed in ctx.others[-1]:
         own = next(saved) if needed else None
         scaled.append(None if own is None or first is None else (own * first).to(own.dtype))
-    return scaled, None, None, None
+    return scaled, *_no_gradients(ctx.others)
 
 
 scalar.register_autograd(_scalar_backward, setup_context=_scalar_context)
@@ -201,15 +253,21 @@ scalar.register_autograd(_scalar_backward, setup_context=_scalar_context)
 
 
 @torch.library.custom_op("dudi_kernels::rows", mutates_args=())
-def rows(tensors: Sequence[Tensor], name: str, text: str, needs: Sequence[bool]) -> list[Tensor]:
+def rows(
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    name: str,
+    text: str,
+    autocast: torch.dtype | None,  # where it is on: what runs an operator switches it off
+    needs: Sequence[bool],
+) -> list[Tensor]:
     with torch.no_grad():
-        return [r.clone() for r in _run(name, tensors, text)]
+        return [r.clone() for r in _run(name, tensors, sizes, text, autocast)]
 
 
 @rows.register_fake
-def _(tensors, name, text, needs):
-    shapes = _shapes(name, tensors, text)
-    return [tensors[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+def _(tensors, sizes, name, text, autocast, needs):
+    return _new_results(name, tensors, sizes, text)
 
 
 @torch.library.custom_op("dudi_kernels::rows_backward", mutates_args=())
@@ -217,39 +275,42 @@ def rows_backward(
     grads: Sequence[Tensor],
     there: Sequence[bool],  # for which of the results
     tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     name: str,
     text: str,
+    autocast: torch.dtype | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that are wanted."""
 
     def work() -> list[Tensor]:
         inputs = _leaves(tensors, needs)
-        results = _run(name, inputs, text)
+        results = _run(name, inputs, sizes, text, autocast)
         own = [result for result, given in zip(results, there, strict=True) if given]
         pairs = [(r, g) for r, g in zip(own, grads, strict=True) if r.requires_grad]
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
         outputs, seeds = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(outputs, wanted, seeds))
+        return [g.contiguous() for g in torch.autograd.grad(outputs, wanted, seeds)]
 
     return _apart(work, _device(tensors))
 
 
 @rows_backward.register_fake
-def _(grads, there, tensors, name, text, needs):
-    return [torch.empty_like(t) for t, needed in zip(tensors, needs, strict=True) if needed]
+def _(grads, there, tensors, sizes, name, text, autocast, needs):
+    return _new_gradients(tensors, needs)
 
 
 def _rows_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
-    tensors, ctx.name, ctx.text, ctx.needs = inputs
+    tensors, *ctx.others = inputs  # the needs are the last
     ctx.save_for_backward(*tensors)
 
 
 def _rows_backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     there = [g is not None for g in grads]
     seeds = [g for g in grads if g is not None]
-    made = iter(rows_backward(seeds, there, ctx.saved_tensors, ctx.name, ctx.text, ctx.needs))
-    return [next(made) if needed else None for needed in ctx.needs], None, None, None
+    made = iter(rows_backward(seeds, there, ctx.saved_tensors, *ctx.others))
+    own = [next(made) if needed else None for needed in ctx.others[-1]]
+    return own, *_no_gradients(ctx.others)
 
 
 rows.register_autograd(_rows_backward, setup_context=_rows_context)
@@ -268,13 +329,13 @@ def traceable(
     """Let a public function be traced as one operator; gradients reach what `trained` names."""
 
     def decorate(plain: Callable[P, R]) -> Callable[P, R]:
-        names = list(inspect.signature(plain).parameters)
+        signature = inspect.signature(plain)
 
         @wraps(plain)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
                 return plain(*args, **kwargs)
-            arguments = dict(zip(names, args, strict=False)) | kwargs
+            arguments = signature.bind(*args, **kwargs).arguments  # hidden states are the first
             by_row = per_row if isinstance(per_row, bool) else per_row(arguments)
             results = _call(plain.__name__, arguments, trained, rows if by_row else scalar)
             if result is None:
@@ -290,12 +351,13 @@ def _call(name: str, arguments: dict[str, Any], trained: tuple[str, ...], operat
     for count, wanted in (("num_pairs", "linear_dudi_loss"), ("num_segments", "sequence_log_prob")):
         if name == wanted and arguments.get(count) is None:
             raise ValueError(f"{count} must be given under torch.compile: shapes depend on it")
-    tensors, places = _flatten(arguments)
+    flat = Flat.of(arguments)
+    own = [i for key in trained for i in _tensors_of(flat.places[key])]
     enabled = torch.is_grad_enabled()
-    needs = [False] * len(tensors)
-    for key in trained:
-        kind, what = places[key]
-        for i in what[:HEAD_PARTS] if kind == "head" else (what,):
-            if i >= 0:
-                needs[i] = enabled and tensors[i].requires_grad
-    return operator(tensors, name, _write(places), needs)
+    needs = [enabled and i in own and tensor.requires_grad for i, tensor in enumerate(flat.tensors)]
+    return operator(flat.tensors, flat.sizes, name, flat.text, _autocast(flat.tensors), needs)
+
+
+def _autocast(tensors: Tensors) -> torch.dtype | None:
+    kind = _device(tensors).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
