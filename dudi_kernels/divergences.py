@@ -26,7 +26,9 @@ class Helpers(enum.Enum):
 
     NONE = 0
     MIXTURE = 1  # m = a p + (1 - a) q and log m
-    POWERS = 2  # p^a q^b, p^(a + b), q^(a + b)
+    # with c = p^a q^b and d = log p - log q: q^(a + b) - c, p^(a + b) - c (1 + b d) and
+    # q^(a + b) - c (1 - a d), by series where they would cancel
+    POWERS = 2
 
 
 def forward_kl(p, lp, q, lq, x, y, z, a, b):
@@ -72,8 +74,7 @@ def total_variation(p, lp, q, lq, x, y, z, a, b):
 def alpha_beta(p, lp, q, lq, x, y, z, a, b):
     """(a p^(a+b) + b q^(a+b) - (a + b) p^a q^b) / (a b (a + b)), a = alpha, b = beta: ABKD,
     arXiv 2505.04560."""
-    phi = (y * a + z * b - x * (a + b)) / (a * b * (a + b))
-    return phi, (z - x) / a
+    return (y * a + z * b) / (a * b * (a + b)), x / a
 
 
 class Pole(NamedTuple):
@@ -116,7 +117,7 @@ def _pole(terms: Terms, helpers: Helpers, a: float, b: float, p: float, q: float
         x = max(a * p + (1 - a) * q, TINY)
         y = math.log(x)
     elif helpers is Helpers.POWERS:
-        y, z = p, q  # any power of 0 or 1
+        x, y, z = q, p, q  # any power of 0 or 1
     phi, g = terms(p, lp, q, lq, x, y, z, a, b)
     return Pole(*(not abs(value) < -FLOOR / 1e6 for value in (phi, g)))
 

@@ -236,6 +236,26 @@ def test_tokens_masked_by_both_sides_are_not_there(divergence, temperature, soft
     assert not student.weight.grad[masked].any() and not student.bias.grad[masked].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("powers", [(0.2, 0.3), (1.0, 1.0), (1e-3, 1e-3), (3.0, 0.01)], ids=str)
+@pytest.mark.parametrize("noise", [1e-2, 1e-3])
+def test_alpha_beta_of_a_close_pair(noise, powers, backend):
+    """Nothing cancels but the logarithms, whose rounding is all the error."""
+    student, _ = sides(SHAPES[0])
+    near = 1 + noise * torch.randn_like(student.weight)
+    teacher = Side(student.hidden.detach(), (student.weight.detach() * near), None, None, 1.0)
+    settings = {"divergence": "alpha_beta", "alpha": powers[0], "beta": powers[1]}
+    got = distill(student, teacher, backend=backend, **settings)
+    got.loss.backward()
+    want, guide = student.double(), teacher.double()
+    p, q = guide.logits().softmax(-1), want.logits().softmax(-1)
+    per_row = oracle.alpha_beta(p, q, powers[1], powers[0])
+    per_row.mean().backward()
+    assert (got.divergence > 0).all()
+    assert error(got.divergence, per_row) < 2e-6 / noise
+    assert max(gradient_errors(student, want)) < 2e-6 / noise
+
+
 INFINITE = {
     ("forward_kl", "student"),
     ("reverse_kl", "teacher"),

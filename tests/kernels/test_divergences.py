@@ -32,7 +32,10 @@ def terms(name, p, lp, q, lq):
         x = a * p + (1 - a) * q
         y = x.log()
     elif measure.helpers is Helpers.POWERS:
-        x, y, z = p**a * q**b, p ** (a + b), q ** (a + b)
+        cross, gap = p**a * q**b, lp - lq
+        x = q ** (a + b) - cross
+        y = p ** (a + b) - cross * (1 + b * gap)
+        z = q ** (a + b) - cross * (1 - a * gap)
     return measure.terms(p, lp, q, lq, x, y, z, a, b)
 
 

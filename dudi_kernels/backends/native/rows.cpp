@@ -67,6 +67,21 @@ INLINE float log_(float x) {
   return f + tail + 0.693359375f * e + (x - x);
 }
 
+// power - cross (1 + u), power = cross e^u and u = rate gap: by series where it cancels.
+INLINE float remainder(float u, float power, float cross, float gap, float rate) {
+  float series = 1.f + u * (1.f / 11);
+  series = 1.f + u * (1.f / 10) * series;
+  series = 1.f + u * (1.f / 9) * series;
+  series = 1.f + u * (1.f / 8) * series;
+  series = 1.f + u * (1.f / 7) * series;
+  series = 1.f + u * (1.f / 6) * series;
+  series = 1.f + u * (1.f / 5) * series;
+  series = 1.f + u * (1.f / 4) * series;
+  series = 1.f + u * (1.f / 3) * series;
+  const float near = cross * (0.5f * u * u * series), far = power - cross - cross * gap * rate;
+  return std::fabs(u) < 1.f ? near : far;  // no 0 * inf
+}
+
 INLINE float floored(float x) { return x < FLOOR ? FLOOR : x; }
 
 #include "divergences.h"
@@ -262,9 +277,11 @@ INLINE void terms_at(float s, float t, const Row& row, float& lq1, float& q1, fl
       x = x < TINY ? TINY : x;
       y = log_(x);
     } else if constexpr (M::helpers == 2) {
-      x = exp_(row.a * lp + row.b * lq);
-      y = exp_((row.a + row.b) * lp);
-      z = exp_((row.a + row.b) * lq);
+      const float gap = lp - lq, cross = exp_(row.a * lp + row.b * lq);
+      const float power = exp_((row.a + row.b) * lq);
+      y = remainder(row.b * gap, exp_((row.a + row.b) * lp), cross, gap, row.b);
+      z = remainder(-row.a * gap, power, cross, gap, -row.a);
+      x = std::fabs(row.a * gap) < 1.f ? z - cross * gap * row.a : power - cross;
     }
     M::terms(p, lp, q, lq, x, y, z, row.a, row.b, phi, g);
   }

@@ -60,14 +60,29 @@ def minus_expm1(x):
 
 
 @triton.jit
+def remainder(u, power, cross, gap, rate):
+    """power - cross (1 + u), power = cross e^u and u = rate gap: by series where it cancels."""
+    v = tl.minimum(tl.maximum(u, -1.0), 1.0)  # no inf - inf
+    series = 1 + v / 10 * (1 + v / 11)
+    series = 1 + v / 6 * (1 + v / 7 * (1 + v / 8 * (1 + v / 9 * series)))
+    series = v * v / 2 * (1 + v / 3 * (1 + v / 4 * (1 + v / 5 * series)))
+    return tl.where(tl.abs(u) < 1, cross * series, power - cross - cross * gap * rate)
+
+
+@triton.jit
 def terms_of(p, lp, q, lq, a, b, TERMS: tl.constexpr, HELPERS: tl.constexpr):
     """phi and g of a divergence (divergences.py), with the helpers that it needs."""
     if HELPERS == 1:
         x = tl.maximum(a * p + (1 - a) * q, TINY)
         phi, g = TERMS(p, lp, q, lq, x, tl.log(x), x, a, b)
     elif HELPERS == 2:
-        x = tl.exp(a * lp + b * lq)
-        phi, g = TERMS(p, lp, q, lq, x, tl.exp((a + b) * lp), tl.exp((a + b) * lq), a, b)
+        gap = lp - lq
+        cross = tl.exp(a * lp + b * lq)
+        power = tl.exp((a + b) * lq)
+        y = remainder(b * gap, tl.exp((a + b) * lp), cross, gap, b)
+        z = remainder(-a * gap, power, cross, gap, -a)
+        x = tl.where(tl.abs(a * gap) < 1, z - cross * gap * a, power - cross)
+        phi, g = TERMS(p, lp, q, lq, x, y, z, a, b)
     else:
         phi, g = TERMS(p, lp, q, lq, p, p, p, a, b)
     return phi, g
