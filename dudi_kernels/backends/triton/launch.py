@@ -287,6 +287,7 @@ class Launcher:
             return read_blocks(self.target)
         sides = [source.side for source in self.sides if source is not None and source.side]
         setting, aligned = self.setting, all(map(_aligned, sides))
+        adaptive = measure is not None and measure.adaptive
         more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
         more = more or any(side.head.softcap is not None for side in sides)
         if not aligned or any(side.head.lora is not None for side in sides):
