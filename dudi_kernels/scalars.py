@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 
 import torch
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+LARGEST = sys.float_info.max  # compared with, since dynamo does not trace math.isfinite
 # Bounds within which inverses and products, also with logits, are finite and not 0 in fp32.
 TEMPERATURES = (1e-9, 1e9)
 SCALES = (1e-15, 1e15)  # of logits, and softcaps
@@ -18,7 +20,7 @@ SHARES = (1e-6, 1 - 1e-6)  # of mixtures: below, 1 - share is 1
 
 def number(name: str, value: object, low: float, high: float, ends: bool = True) -> float:
     """Within [low, high], or (low, high) without its ends."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not _finite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     own = float(value)
     inside = low <= own <= high if ends else low < own < high
@@ -26,13 +28,6 @@ def number(name: str, value: object, low: float, high: float, ends: bool = True)
         left, right = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
         raise ValueError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
     return own
-
-
-def _finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # of an int
-        return False
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
