@@ -20,7 +20,7 @@ SHARES = (1e-6, 1 - 1e-6)  # of mixtures: below, 1 - share is 1
 
 def number(name: str, value: object, low: float, high: float, ends: bool = True) -> float:
     """Within [low, high], or (low, high) without its ends."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST:
+    if isinstance(value, bool) or not isinstance(value, Real) or not _finite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     own = float(value)
     inside = low <= own <= high if ends else low < own < high
@@ -28,6 +28,10 @@ def number(name: str, value: object, low: float, high: float, ends: bool = True)
         left, right = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
         raise ValueError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
     return own
+
+
+def _finite(value: Real) -> bool:
+    return bool(-LARGEST <= value <= LARGEST)
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
