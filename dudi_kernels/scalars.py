@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ def number(name: str, value: object, low: float, high: float, ends: bool = True)
     return own
 
 
-def _finite(value: Real) -> bool:
-    return bool(-LARGEST <= value <= LARGEST)
+def _finite(value: Any) -> bool:
+    return -LARGEST <= value <= LARGEST
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
