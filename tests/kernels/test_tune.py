@@ -176,7 +176,9 @@ def test_a_folder_that_cannot_be_written_is_not_fatal(on, monkeypatch, tmp_path)
     monkeypatch.setenv("DUDI_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(RuntimeWarning, match="can't be written"):
         tune._write(
-            tune.cache_file(), "key", launch.read_blocks(launch.target_of(torch.device("cpu")))
+            tune.cache_file(),
+            "key",
+            launch.read_blocks(launch.target_of(torch.device("cpu")), True),
         )
     forward()
     count = len(clock.timed)
@@ -233,13 +235,13 @@ def test_timing_disturbs_nothing(run, divergence, on, monkeypatch):
 def test_every_candidate_gives_the_same(run, monkeypatch):
     monkeypatch.setattr(prepare, "prefers_recompute", lambda *arguments: False)
     want = run("jsd")
-    default = launch.read_blocks(launch.target_of(torch.device("cpu")))
+    default = launch.read_blocks(launch.target_of(torch.device("cpu")), True)
     if run is per_row:
         default = launch.fused_blocks(H100, torch.float32)
     found = tune.candidates(default, None, 4, run is per_row)
     assert len(found) >= 8
     for blocks in found[1:]:
-        monkeypatch.setattr(launch, "read_blocks", lambda target, blocks=blocks: blocks)
+        monkeypatch.setattr(launch, "read_blocks", lambda *_, blocks=blocks: blocks)
         monkeypatch.setattr(launch, "fused_blocks", lambda *_, blocks=blocks, **__: blocks)
         assert all(error(a, b) <= 2e-6 for a, b in zip(run("jsd"), want, strict=True))
 

@@ -80,9 +80,11 @@ class Sides(NamedTuple):
 # ---- choices -------------------------------------------------------------------------------------
 
 
-def read_blocks(target: Target) -> Blocks:
-    """For kernels that read logits: one row, a piece of it, 8 logits a thread."""
-    return Blocks(64, 1024, 16, 4, 1) if INTERPRETED else Blocks(1, 4096, 16, target.warps(512), 2)
+def read_blocks(target: Target, aligned: bool) -> Blocks:
+    """For kernels that read logits: one row, a piece of it, 8 logits a thread, or 4."""
+    if INTERPRETED:
+        return Blocks(64, 1024, 16, 4, 1)
+    return Blocks(1, 4096 if aligned else 2048, 16, target.warps(512), 2)
 
 
 def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: bool = True) -> Blocks:
@@ -226,9 +228,9 @@ def _describe(arguments: dict[str, Any], blocks: Blocks) -> None:
     arguments["DESCRIPTORS"] = True
 
 
-def _aligned(side: Side) -> bool:
+def _aligned(rows: Tensor) -> bool:
     """Whether rows begin where 16 bytes can be loaded at once."""
-    return side.hidden.shape[1] * side.hidden.element_size() % 16 == 0
+    return rows.shape[1] * rows.element_size() % 16 == 0
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -283,10 +285,10 @@ class Launcher:
         self, kernel: Any, measure: Measure | None = None, skipping: bool = False
     ) -> Blocks:
         """Of all kernels the same where tiles are skipped: they say what a tile is."""
-        if not self.sides.fused:
-            return read_blocks(self.target)
+        if self.sides.student.logits is not None:
+            return read_blocks(self.target, _aligned(self.sides.student.logits))
         sides = [source.side for source in self.sides if source is not None and source.side]
-        setting, aligned = self.setting, all(map(_aligned, sides))
+        setting, aligned = self.setting, all(_aligned(side.hidden) for side in sides)
         adaptive = measure is not None and measure.adaptive
         more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
         more = more or any(side.head.softcap is not None for side in sides)
