@@ -1,9 +1,10 @@
 """The public functions under torch.compile: an operator for scalars and one for per-row values.
 
 While dynamo traces, a public function hands its arguments to an operator that runs the very same
-function later, on real tensors: nothing of it is traced, and all its checks still speak. A scalar's
-gradients are made with it, as ever, and scaled in the backward graph; per-row values are made again
-in the backward pass (one forward pass more than without torch.compile).
+function later, on real tensors and under the same autocast: nothing of it is traced, and all its
+checks still speak. A scalar's gradients are made with it, as ever, and scaled in the backward
+graph, in fp32; per-row values are made again in the backward pass (one forward pass more than
+without torch.compile).
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _place(value: Any, tensors: Tensors, sizes: list[int]) -> Place:
         return kind.__name__, tuple(parts)
     if not isinstance(value, (int, float)) or _constant(value):
         return "value", value
-    # A number that changes from call to call would be compiled again for each value as a constant,
-    # and so would a float that is an operator's argument.
+    # A number that changes from call to call: as a constant it would be compiled again for each
+    # value, and so would a float that is an operator's argument.
     if isinstance(value, int):
         sizes.append(value)
         return "size", len(sizes) - 1
