@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -13,6 +15,34 @@ from torch import Tensor
 def no_autocast(device: torch.device) -> torch.autocast:
     """fp32 stays fp32 in here."""
     return torch.autocast(device.type, enabled=False)
+
+
+Leaf = Callable[[Tensor], Tensor]
+_leaf: ContextVar[Leaf | None] = ContextVar("leaf", default=None)
+
+
+@contextmanager
+def fp32_gradients(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """In here a scalar loss has its gradients in these leaves of the same shapes.
+
+    Autograd rounds a gradient to the dtype of its tensor, before any scale of the loss is known.
+    The leaves are zeros without memory of their own: numbers are those of the tensors.
+    """
+    own = {tensor: _zeros(tensor).requires_grad_() for tensor in tensors}
+    token = _leaf.set(lambda tensor: own[tensor] if tensor in own else _zeros(tensor))
+    try:
+        yield list(own.values())
+    finally:
+        _leaf.reset(token)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return tensor.new_zeros((), dtype=torch.float32).expand(tensor.shape)
+
+
+def leaf() -> Leaf | None:
+    """Of a tensor, inside of `fp32_gradients`."""
+    return _leaf.get()
 
 
 class _Undifferentiable(torch.autograd.Function):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dudi_kernels import devices
+from dudi_kernels.autograd import leaf
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
 from dudi_kernels.scalars import INTEGERS, POWERS, SHARES, TEMPERATURES, integer, number
@@ -65,13 +66,19 @@ class Rows(NamedTuple):
     head: LMHead
     shape: tuple[int, ...]  # what per-row results come back in
     low: Tensor | None = None  # (N, r) scaling h A^T, where the head has a LoRA
+    leaves: Rows | None = None  # that the gradients go to instead, inside of `fp32_gradients`
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What gradients may be wanted for: of hidden states, weight, bias, low and B."""
-        head = self.head
-        b = None if head.lora is None else head.lora.b
-        return self.hidden, head.weight, head.bias, self.low, b
+        own = self.leaves or self
+        b = None if own.head.lora is None else own.head.lora.b
+        return own.hidden, own.head.weight, own.head.bias, own.low, b
+
+    def change(self, hidden: Callable[[Tensor], Tensor]) -> Rows:
+        """With other hidden states, made of these."""
+        leaves = None if self.leaves is None else self.leaves.change(hidden)
+        return self._replace(hidden=hidden(self.hidden), leaves=leaves)
 
 
 def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
@@ -96,6 +103,13 @@ def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
             f"{name} must be on {head.weight.device} as {head_name} is, got {hidden.device}"
         )
     _masks_at_most(f"{head_name}.bias", head.bias)
+    rows = _flat_rows(hidden, head)
+    if (own := leaf()) is not None:
+        rows = rows._replace(leaves=_flat_rows(own(hidden), head.map(own)))
+    return rows
+
+
+def _flat_rows(hidden: Tensor, head: LMHead) -> Rows:
     flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     return Rows(flat, head, tuple(hidden.shape[:-1]))
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
+from dudi_kernels.autograd import fp32_gradients
 from dudi_kernels.devices import current_stream
 from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.topk import TopKTeacher
@@ -213,13 +214,15 @@ def scalar(
     autocast: torch.dtype | None,  # where it is on: what runs an operator switches it off
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The results of a scalar loss, then the gradients that are wanted."""
+    """The results of a scalar loss, then the gradients that are wanted, in fp32: a GradScaler's
+    factor comes before they are rounded."""
 
     def work() -> list[Tensor]:
-        inputs = _leaves(tensors, needs)
-        results = _run(name, inputs, sizes, text, autocast)
+        inputs = [t.detach() for t in tensors]
         wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-        grads = torch.autograd.grad(results[0], wanted) if wanted else ()
+        with fp32_gradients(wanted) as leaves:
+            results = _run(name, inputs, sizes, text, autocast)
+        grads = torch.autograd.grad(results[0], leaves) if leaves else ()
         return [r.detach().clone() for r in results] + [g.contiguous() for g in grads]
 
     return _apart(work, _device(tensors))
@@ -227,11 +230,13 @@ def scalar(
 
 @scalar.register_fake
 def _(tensors, sizes, name, text, autocast, needs):
-    return _new_results(name, tensors, sizes, text) + _new_gradients(tensors, needs)
+    grads = [t.float() for t in _new_gradients(tensors, needs)]
+    return _new_results(name, tensors, sizes, text) + grads
 
 
 def _scalar_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
-    _, *ctx.others = inputs  # the needs are the last
+    tensors, *ctx.others = inputs  # the needs are the last
+    ctx.dtypes = [t.dtype for t in tensors]
     ctx.save_for_backward(*output[len(output) - sum(ctx.others[-1]) :])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -240,9 +245,9 @@ def _scalar_backward(ctx: Any, grads: list[Tensor | None]) -> Any:
     saved = iter(ctx.saved_tensors)
     first = grads[0]
     scaled: list[Tensor | None] = []
-    for needed in ctx.others[-1]:
+    for needed, dtype in zip(ctx.others[-1], ctx.dtypes, strict=True):
         own = next(saved) if needed else None
-        scaled.append(None if own is None or first is None else (own * first).to(own.dtype))
+        scaled.append(None if own is None or first is None else (own * first).to(dtype))
     return scaled, *_no_gradients(ctx.others)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -139,13 +139,17 @@ class LMHead:
     def width(self) -> int:
         return self.weight.shape[1]
 
-    def detach(self) -> LMHead:
-        """The same head without gradients."""
-        bias = self.bias.detach() if self.bias is not None else None
+    def map(self, change: Callable[[Tensor], Tensor]) -> LMHead:
+        """The same head with other tensors of the same shapes."""
+        bias = change(self.bias) if self.bias is not None else None
         lora = self.lora
         if lora is not None:
-            lora = LoRA(lora.a.detach(), lora.b.detach(), lora.scaling)
-        return LMHead(self.weight.detach(), bias, self.softcap, self.scale, lora)
+            lora = LoRA(change(lora.a), change(lora.b), lora.scaling)
+        return LMHead(change(self.weight), bias, self.softcap, self.scale, lora)
+
+    def detach(self) -> LMHead:
+        """The same head without gradients."""
+        return self.map(Tensor.detach)
 
     def part(self, start: int, stop: int) -> LMHead:
         """Rows [start, stop) of the vocabulary."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels import checks, devices
+from dudi_kernels.autograd import no_autocast
 from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
 from dudi_kernels.devices import GPUS
@@ -57,7 +59,20 @@ def wanted_gradients(rows: Rows) -> Needs:
 def with_low(rows: Rows) -> Rows:
     """With the inner product of the head's LoRA, which autograd takes on to A and the hidden."""
     lora = rows.head.lora
-    return rows if lora is None else rows._replace(low=lora.low(rows.hidden))
+    if lora is None:
+        return rows
+    leaves = None if rows.leaves is None else _with_low_of_leaves(rows, rows.leaves)
+    return rows._replace(low=lora.low(rows.hidden), leaves=leaves)
+
+
+def _with_low_of_leaves(rows: Rows, leaves: Rows) -> Rows:
+    """Autograd reads the numbers, which the leaves, zeros, don't have."""
+    lora, own = rows.head.lora, leaves.head.lora
+    assert lora is not None and own is not None
+    with no_autocast(rows.hidden.device):
+        a = lora.a.detach().float() + own.a
+        hidden = rows.hidden.detach().float() + leaves.hidden
+        return leaves._replace(low=replace(own, a=a).low(hidden))
 
 
 def as_side(rows: Rows) -> Side:
@@ -310,7 +325,7 @@ class Counted:
         return values.masked_fill(self.ignored.view(-1, *[1] * (values.ndim - 1)), 0)
 
     def rows(self, rows: Rows) -> Rows:
-        return with_low(rows._replace(hidden=self.pick(rows.hidden)))
+        return with_low(rows.change(self.pick))
 
     def weight(self, given: Tensor | None) -> Tensor:
         """Of the rows in the loss; without any given, the mean's."""

@@ -306,6 +306,66 @@ def test_autocast(name, where, student, teacher):
         assert error(run(student, teacher), exact) < 1e-6
 
 
+HALF = {  # with faint gradients
+    "distill_loss": lambda hidden, head, t: (
+        linear_distill_loss(
+            hidden, head, t.hidden, t.weight, token_weight=torch.full((ROWS,), 1e-7)
+        ).loss
+    ),
+    "some_rows": lambda hidden, head, t: (
+        linear_distill_loss(
+            hidden,
+            head,
+            t.hidden,
+            t.weight,
+            token_weight=torch.full((ROWS,), 1e-7),
+            targets=TARGETS.masked_fill(torch.arange(ROWS) < 4, -100),
+        ).loss
+    ),
+    "dudi": lambda hidden, head, t: (
+        linear_dudi_loss(
+            hidden,
+            head,
+            t.hidden,
+            t.weight,
+            TARGETS,
+            SEGMENTS,
+            preference_weight=1.0,
+            off_policy_rows=1e7,
+            on_policy_rows=1e7,
+            pairs=1e7,
+            num_pairs=2,
+        ).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_is_rounded_after_the_loss_is_scaled(name, lora, teacher):
+    """As in eager mode; the gradients of a LoRA's A and of hidden states pass its product."""
+    random = torch.Generator().manual_seed(1)
+    shapes = [(ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,), *([(3, WIDTH), (VOCAB, 3)] if lora else [])]
+    inputs = [
+        torch.randn(s, generator=random).div(2).to(torch.float16).requires_grad_() for s in shapes
+    ]
+
+    def loss(inputs):
+        hidden, weight, bias, *ab = inputs
+        low = LoRA(ab[0], ab[1], 0.5) if ab else None
+        return HALF[name](hidden, LMHead(weight, bias, lora=low), teacher)
+
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    exact = [t.detach().float().requires_grad_() for t in inputs]
+    want, eager, got = (
+        torch.autograd.grad(f(own) * 2.0**24, own)
+        for f, own in ((loss, exact), (loss, inputs), (run, inputs))
+    )
+    for a, b, c in zip(got, eager, want, strict=True):
+        assert a.dtype == torch.float16
+        assert error(a, c) < max(1e-3, 1.1 * error(b, c))
+
+
 def _calls(student, teacher):
     lora = LoRA(torch.randn(2, WIDTH).requires_grad_(), torch.randn(VOCAB, 2).requires_grad_())
     head = LMHead(student.weight, student.bias, student.softcap, lora=lora)

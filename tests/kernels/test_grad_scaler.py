@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from dudi_kernels import LMHead, linear_distill, linear_distill_loss, linear_dudi_loss
 
+# dynamo reads it of what goes into a graph
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
 ROWS, VOCAB, WIDTH = 32, 301, 16
 FAINT = 1e-6  # of the loss: its gradient in hidden states is less than fp16's least number, 6e-8
 SCALE = 2.0**24
@@ -56,7 +59,18 @@ def rows(hidden: Tensor, head: LMHead) -> Tensor:
     return (got.divergence - 0.5 * got.log_prob).mean()
 
 
-LOSSES: dict[str, Any] = {"distill": distill, "dudi": dudi, "rows": rows}
+def faint(hidden: Tensor, head: LMHead) -> Tensor:
+    teacher = (TEACHER.hidden, TEACHER.weight)
+    weight = torch.full((ROWS,), FAINT / ROWS)
+    return linear_distill_loss(hidden, head, *teacher, token_weight=weight).loss
+
+
+def compiled(hidden: Tensor, head: LMHead) -> Tensor:
+    """Its gradients are faint where they are made: in an operator, before any scale is known."""
+    return torch.compile(faint, fullgraph=True, backend="aot_eager")(hidden, head) / FAINT
+
+
+LOSSES: dict[str, Any] = {"distill": distill, "dudi": dudi, "rows": rows, "compiled": compiled}
 
 
 class Run:

@@ -292,12 +292,7 @@ class Launcher:
         more = more or any(side.head.softcap is not None for side in sides)
         if not aligned or any(side.head.lora is not None for side in sides):
             load = 3  # a pointer for each element, or a product more
-        elif (
-            setting.masked
-            or kernel is kernels.sums
-            or skipping
-            or (measure is not None and measure.adaptive)
-        ):
+        elif setting.masked or kernel is kernels.sums or skipping or adaptive:
             load = 2
         elif kernel is kernels.statistics:
             load = 2 if more else 0
