@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+LARGEST = sys.float_info.max  # an int may be larger
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-LARGEST = sys.float_info.max  # compared with, since dynamo does not trace math.isfinite
 # Bounds within which inverses and products, also with logits, are finite and not 0 in fp32.
 TEMPERATURES = (1e-9, 1e9)
 SCALES = (1e-15, 1e15)  # of logits, and softcaps
@@ -19,20 +19,18 @@ POWERS = (1e-3, 1e3)  # of probabilities
 SHARES = (1e-6, 1 - 1e-6)  # of mixtures: below, 1 - share is 1
 
 
-def number(name: str, value: object, low: float, high: float, ends: bool = True) -> float:
-    """Within [low, high], or (low, high) without its ends."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not _finite(value):
+def number(name: str, value: Any, low: float, high: float, ends: bool = True) -> float:
+    """Within [low, high], or (low, high) without its ends; by comparisons alone, which dynamo can
+    trace for a number that changes."""
+    own = float(value) if isinstance(value, Real) and not isinstance(value, float | int) else value
+    known = isinstance(own, float | int) and not isinstance(own, bool)
+    if not known or not -LARGEST <= own <= LARGEST:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
-    own = float(value)
     inside = low <= own <= high if ends else low < own < high
     if not inside:
         left, right = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
         raise ValueError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
-    return own
-
-
-def _finite(value: Any) -> bool:
-    return -LARGEST <= value <= LARGEST
+    return float(own)
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
