@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dudi_kernels.backends.triton import kernels, tune
 from dudi_kernels.backends.triton.elements import INTERPRETED
-from dudi_kernels.devices import guard
+from dudi_kernels.devices import GPUS, guard
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
@@ -154,7 +154,7 @@ def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
 
 def partial_bytes(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> int:
     """What the splits of `statistics` write where it projects, with the default blocks."""
-    absent = device.type != "cpu" and not getattr(torch, device.type).is_available()
+    absent = device.type in GPUS and not torch.get_device_module(device).is_available()
     target = PLANNED if absent else target_of(device)
     blocks = fused_blocks(target, dtype, False)
     count, _ = splits(-(-rows // blocks.rows), -(-columns // blocks.columns), target.units)
