@@ -84,11 +84,12 @@ class Problem:
 
 def make(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
     student = make_side(ROWS, VOCAB, WIDTH, dtype, bias=True)
-    teacher = make_side(ROWS, VOCAB, 20, dtype, seed=3)
-    assert student.bias is not None
+    teacher = make_side(ROWS, VOCAB, 20, dtype, bias=True, seed=3)
     with torch.no_grad():
-        student.bias[5] = -torch.inf
-        top = (teacher.hidden @ teacher.weight.T).float().log_softmax(-1).topk(4)
+        for side in (student, teacher):
+            assert side.bias is not None
+            side.bias[5] = -torch.inf
+        top = teacher.logits().float().log_softmax(-1).topk(4)
         for hidden in (student.hidden, teacher.hidden):
             hidden[IGNORED] = torch.nan
     targets = make_targets(ROWS, VOCAB)
@@ -108,7 +109,7 @@ def make(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32)
         leaf(student.hidden),
         LMHead(leaf(student.weight), leaf(student.bias), 5.0, 0.8, lora),
         on(teacher.hidden),
-        LMHead(on(teacher.weight)),
+        LMHead(on(teacher.weight), on(teacher.bias)),
         known,
         on(targets),
         on(torch.rand(ROWS)),
@@ -350,7 +351,7 @@ def test_refusals_under_capture():
 
 def test_a_reference_on_the_host(gpu):
     p = make(META)
-    with pytest.raises(ValueError, match="reference_log_prob must be on meta while"):
+    with pytest.raises(ValueError, match="reference_log_prob must be on meta as"):
         dudi(p, reference_log_prob=torch.zeros(4), backend="torch")
 
 
