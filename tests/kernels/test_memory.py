@@ -172,7 +172,7 @@ def advised(call: Callable[[int], object], given: int = 10) -> int:
 @pytest.mark.parametrize("whole_rows", [0, VOCAB])
 @pytest.mark.parametrize("rows", [1, 512])
 def test_the_least_block(rows, whole_rows, convert, temporaries):
-    settings = {"temporaries": temporaries, "whole_rows": whole_rows}
+    settings = {"temporaries": temporaries, "whole_rows": whole_rows, "cell": 2 * 4}
 
     def plan(budget):
         return plan_block(rows, (64, 48), convert, budget, **settings)
