@@ -35,7 +35,7 @@ class Clock:
     def measure(self, function):
         arguments = function.keywords
         blocks = tuple(arguments[name] for name in (*tune.BLOCKS, "num_warps", "num_stages"))
-        self.timed.append((function.args[0].fn.__name__, Blocks(*blocks)))
+        self.timed.append((function.args[1].fn.__name__, Blocks(*blocks)))
         function()
         return next(self.times)
 
