@@ -19,7 +19,7 @@ from dudi_kernels.reach import REACH
 from dudi_kernels.tiles import RowState, Setting, Tile, log_probs
 
 TILE = 128  # columns, where no kernel has tiles of its own
-GAP = 2  # tiles between live ones that are worth less than a GEMM that is cut there
+GAP = 1  # tile between live ones, which is worth less than a GEMM that is cut there
 SLACK = 1 + 2.0**-8  # for the rounding of masses, which come from logits in fp32
 UNITS = 2.0**32  # of a block's allowance: whole numbers add up the same in any order
 
