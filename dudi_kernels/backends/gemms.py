@@ -51,10 +51,11 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         else:
             torch.mm(a, b, out=out)
         return
+    product = torch.mm(a, b, out_dtype=torch.float32)
     if add:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        out.add_(product)
     else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        out.copy_(product)
 
 
 def packing(
