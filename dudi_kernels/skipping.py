@@ -191,7 +191,7 @@ class Tally:
     """Adds up what a loss leaves out."""
 
     def __init__(self, device: torch.device):
-        self.logits = 0
+        self.logits, self.device = 0, device
         new = torch.zeros((), dtype=torch.float64, device=device)
         self.skipped, self.dropped, self.weight = new, new, new
 
@@ -204,7 +204,9 @@ class Tally:
         self.weight = self.weight + weight.sum()
 
     def result(self) -> Skipped:
-        share = self.skipped / max(self.logits, 1)
+        if not self.logits:  # an exact loss: no work for what is 0
+            return Skipped(*(torch.zeros((), device=self.device) for _ in range(2)))
+        share = self.skipped / self.logits
         dropped = torch.where(self.dropped > 0, self.dropped / self.weight, 0.0)
         return Skipped(share.float(), dropped.float())
 
