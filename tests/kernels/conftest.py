@@ -13,6 +13,7 @@ from dudi_kernels.backends import native
 from dudi_kernels.backends.native import gemm
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
+torch.manual_seed(0)  # for cases that are drawn at import: every process has the same
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
