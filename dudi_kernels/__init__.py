@@ -19,6 +19,7 @@ from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 from dudi_kernels.topk import TopKTeacher
+from dudi_kernels.verbalizer import Verbalizer
 
 __all__ = [
     "DIVERGENCES",
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "MemoryPlan",
     "TopKTeacher",
+    "Verbalizer",
     "linear_cross_entropy",
     "linear_distill",
     "linear_distill_loss",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dudi_kernels import checks, devices
 from dudi_kernels.checks import Head, Rows
+from dudi_kernels.classes import Classes
 from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import DEFAULT_BUDGET
@@ -39,6 +40,7 @@ from dudi_kernels.prepare import (
 from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import RowValues, Span, Task, chunks, even
 from dudi_kernels.topk import TopKSweep, TopKTask, TopKTeacher
+from dudi_kernels.verbalizer import Verbalizer
 
 
 class DistillLoss(NamedTuple):
@@ -68,6 +70,7 @@ def linear_distill_loss(
     ce_weight: float = 0.0,
     ignore_index: int = -100,
     gradient_tolerance: float = 0.0,
+    verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DistillLoss:
@@ -104,6 +107,11 @@ def linear_distill_loss(
             (`token_weight / temperature`, and `ce_weight` of it); targets of the cross-entropy are
             kept. `skipped` and `dropped` tell what was. Values stay exact. Not while a CUDA graph
             is captured: the host asks which tiles are left.
+        verbalizer: compare classes of tokens, of which both vocabularies have some: for a teacher
+            with another tokenizer, a padded head, a lexicon (see `Verbalizer`). The divergence is
+            over P = p M and Q_k, the sum of q over the tokens of class k; the rest stays the
+            tokens' own. `token_weight`, or the rows given, must leave out the positions that the
+            two tokenizations don't share (`align_responses`).
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -141,21 +149,26 @@ def linear_distill_loss(
     }
     if isinstance(teacher_hidden, TopKTeacher):
         ids, log_probs = checks.top_k(teacher_hidden, teacher_head, student, temperatures)
-        if gradient_tolerance:
-            raise ValueError(
-                f"gradient_tolerance must be 0 with a TopKTeacher, got {gradient_tolerance}"
-            )
+        for name, given in (
+            ("gradient_tolerance", gradient_tolerance or None),
+            ("verbalizer", verbalizer),
+        ):
+            if given is not None:
+                raise ValueError(f"{name} must not be given with a TopKTeacher, got {given}")
         loss, values, skipped = _topk_sweep(
             counted.rows(student), counted.pick(ids), counted.pick(log_probs), **settings
         )
     else:
         teacher = checks.side("teacher", teacher_hidden, teacher_head)
-        checks.pair_of_sides(student, teacher)
+        teacher, classes = checks.pair_of_sides(student, teacher, verbalizer)
+        checks.exact(gradient_tolerance, classes)
+        checks.finite_measure("divergence", measure, classes)
         loss, values, skipped = _weighted_sweep(
             counted.rows(student),
             counted.rows(teacher),
             temperatures=temperatures,
             tolerance=gradient_tolerance,
+            classes=classes,
             **settings,
         )
     own = values.log_prob if targets is not None else torch.full_like(values.log_prob, torch.nan)
@@ -184,6 +197,7 @@ def linear_distill(
     teacher_temperature: float | None = None,
     targets: Tensor | None = None,  # (N,)
     ignore_index: int = -100,
+    verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DistillRows:
@@ -205,6 +219,7 @@ def linear_distill(
     Args:
         divergence, beta, alpha, temperature, teacher_temperature, targets: as in
             `linear_distill_loss`; a row whose target is `ignore_index` reads 0 in every result.
+        verbalizer: as in `linear_distill_loss`; both passes are then over chunks of rows.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -216,8 +231,9 @@ def linear_distill(
     """
     student = checks.side("student", student_hidden, student_head)
     teacher = checks.side("teacher", teacher_hidden, teacher_head)
-    checks.pair_of_sides(student, teacher)
+    teacher, classes = checks.pair_of_sides(student, teacher, verbalizer)
     measure = checks.divergence("divergence", divergence, beta, alpha)
+    checks.finite_measure("divergence", measure, classes)
     temperatures = checks.temperatures(temperature, teacher_temperature)
     ignored = checks.integer("ignore_index", ignore_index)
     flat = None if targets is None else checks.targets(targets, student, ignored)
@@ -231,6 +247,7 @@ def linear_distill(
         pick_backend(backend, student.hidden.device),
         memory_budget,
         entropy=True,
+        classes=classes,
     )
     if targets is None:
         own = torch.full_like(own, torch.nan)
@@ -248,11 +265,12 @@ def _weighted_sweep(
     backend: ModuleType,
     memory_budget: int,
     tolerance: float = 0.0,
+    classes: Classes | None = None,
 ) -> tuple[Tensor, RowValues, Skipped]:
     """sum_n weight_n (D_n + ce_weight CE_n) in one sweep."""
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-    plan = make_plan(learner, guide, [measure], backend, memory_budget, tolerance > 0)
+    plan = make_plan(learner, guide, [measure], backend, memory_budget, tolerance > 0, classes)
     task = Task(
         student=learner,
         teacher=guide,
@@ -268,6 +286,7 @@ def _weighted_sweep(
         plan=plan,
         needs=wanted_gradients(student),
         tolerance=tolerance,
+        classes=classes,
     )
     return scalar(student, task, _combined(weight, ce_weight), backend, memory_budget)
 

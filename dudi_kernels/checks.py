@@ -14,10 +14,12 @@ from torch import Tensor
 
 from dudi_kernels import devices
 from dudi_kernels.autograd import leaf
+from dudi_kernels.classes import Classes
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
 from dudi_kernels.scalars import INTEGERS, POWERS, SHARES, TEMPERATURES, integer, number
 from dudi_kernels.topk import TopKTeacher
+from dudi_kernels.verbalizer import Verbalizer
 
 __all__ = ["integer", "number"]  # as checks of arguments
 
@@ -143,16 +145,65 @@ def _same_rows(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> No
         )
 
 
-def pair_of_sides(student: Rows, teacher: Rows) -> None:
+def pair_of_sides(
+    student: Rows, teacher: Rows, verbalizer: Verbalizer | None = None
+) -> tuple[Rows, Classes | None]:
+    """The teacher's side, and the classes that the divergence is over; None: the vocabulary."""
     _same_rows("teacher_hidden", teacher.shape, student.shape)
     device, other = student.hidden.device, teacher.hidden.device
     if device != other:
         raise ValueError(f"teacher_hidden must be on {device} as student_hidden is, got {other}")
+    if verbalizer is not None:
+        return _verbalized(student, teacher, verbalizer)
     if student.head.vocab_size != teacher.head.vocab_size:
         raise ValueError(
             "teacher_head must have the student's vocabulary: student_head has "
             f"{student.head.vocab_size} rows, teacher_head {teacher.head.vocab_size}. If the "
-            "tokenizer is the same and a head is only padded, cut or resize one to the other's size"
+            "tokenizer is the same and a head is only padded, Verbalizer.prefix compares the rows "
+            "that both have; Verbalizer.from_tokenizers is for another tokenizer"
+        )
+    return teacher, None
+
+
+def _verbalized(
+    student: Rows, teacher: Rows, verbalizer: Verbalizer
+) -> tuple[Rows, Classes | None]:
+    if not isinstance(verbalizer, Verbalizer):
+        got = type(verbalizer).__name__
+        raise TypeError(f"verbalizer must be a Verbalizer or None, got {got}")
+    for who, side, size in (
+        ("teacher", teacher, verbalizer.teacher_size),
+        ("student", student, verbalizer.student_size),
+    ):
+        if side.head.vocab_size != size:
+            raise ValueError(
+                f"verbalizer must be for a {who}_head of {side.head.vocab_size} rows, got one for "
+                f"{size}"
+            )
+    device, other = student.hidden.device, verbalizer.student_class.device
+    if device != other:
+        raise ValueError(
+            f"verbalizer must be on {device} as student_hidden is (verbalizer.to), got {other}"
+        )
+    classes = verbalizer.classes
+    if classes.prefix:  # rows of the teacher's head beyond the student's, if any, are left out
+        return teacher._replace(head=teacher.head.part(0, verbalizer.student_size)), None
+    return teacher, classes
+
+
+def exact(gradient_tolerance: float, classes: Classes | None) -> None:
+    if gradient_tolerance and classes is not None:
+        raise ValueError(
+            f"gradient_tolerance must be 0 with a verbalizer, got {gradient_tolerance}"
+        )
+
+
+def finite_measure(name: str, measure: Measure, classes: Classes | None) -> None:
+    """Not one that is infinite in every row."""
+    if classes is not None and classes.masked and measure.teacher_masks.phi:
+        raise ValueError(
+            f"{name} is infinite with this verbalizer: the teacher gives the student's unmatched "
+            "tokens no mass at all; unmatched='renormalize' leaves them out"
         )
 
 

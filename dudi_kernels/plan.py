@@ -24,7 +24,17 @@ FP32_BALANCE = 10  # without tensor cores: 10 to 20
 LOGIT_BYTES = 15  # that passes over one side's logits in memory move
 
 
+CLASS_ROWS = 4  # rows whose classes are made at once, at the least: threads share them
+
 Packing = Callable[[int, int], int]  # rows, columns -> bytes of the operands that a GEMM packs
+
+
+class ClassSizes(NamedTuple):
+    """Of a divergence over classes (verbalizer.py)."""
+
+    teacher_vocabulary: int
+    classes: int
+    gathered: int  # elements of a row at once, where gathering takes temporaries
 
 
 class Plan(NamedTuple):
@@ -42,22 +52,25 @@ def plan_retain(
     packing: Packing | None = None,
     cached: bool = True,
     temporaries: bool = True,
+    classes: ClassSizes | None = None,
 ) -> Plan:
     """Rows a chunk and rows a tile, for a side of each width (student, teacher).
 
-    `cached`: whether tiles shall fit a cache (a CPU's); `temporaries`: whether tiles need any.
+    `cached`: whether tiles shall fit a cache (a CPU's); `temporaries`: whether tiles need any;
+    `classes`: where the divergence is over classes, which are made tile by tile.
 
     Raises:
         ValueError: the budget does not hold one row; says the least that works.
     """
     row = vocab_size * FP32
-    fixed, chunk_row, tile_row = _row_bytes(vocab_size, widths, convert, temporaries)
+    fixed, chunk_row, tile_row = _row_bytes(vocab_size, widths, convert, temporaries, classes)
     least = fixed + chunk_row + tile_row
     _check(budget, least, f"a vocabulary of {vocab_size:,}")
 
     def plan(left: int) -> Plan:
         most = left // (chunk_row + tile_row)  # tiles as long as chunks
-        tile_rows = max(1, min(_tile_bytes(budget, cached) // row, most))
+        wanted = max(_tile_bytes(budget, cached) // row, CLASS_ROWS if classes else 1)
+        tile_rows = max(1, min(wanted, most))
         most_rows = (left - tile_rows * tile_row) // chunk_row
         return Plan(min(MAX_CHUNK, most_rows), tile_rows, most_rows)
 
@@ -69,15 +82,29 @@ def plan_retain(
 
 
 def _row_bytes(
-    vocab_size: int, widths: tuple[int, ...], convert: bool, temporaries: bool
+    vocab_size: int,
+    widths: tuple[int, ...],
+    convert: bool,
+    temporaries: bool,
+    classes: ClassSizes | None = None,
 ) -> tuple[int, int, int]:
     """What *retain* holds whatever its chunks are, for each row of a chunk, and of a tile."""
-    row = vocab_size * FP32
+    row = largest = vocab_size * FP32
+    chunk_row, tile_row = len(widths) * row, 0
+    if classes is not None:
+        chunk_row += classes.teacher_vocabulary * FP32 - row
+        largest = max(vocab_size, classes.teacher_vocabulary) * FP32
+        tile_row = class_row_bytes(vocab_size, classes)
+    tile_row += TEMPORARIES * largest * temporaries
     if not convert:
-        return 0, len(widths) * row, TEMPORARIES * row * temporaries
-    block = min(BLOCK, vocab_size) * FP32
-    chunk_row = len(widths) * row + sum(widths) * FP32 + block
-    return 2 * block * max(widths), chunk_row, TEMPORARIES * row * temporaries
+        return 0, chunk_row, tile_row
+    block = min(BLOCK, largest // FP32) * FP32
+    return 2 * block * max(widths), chunk_row + sum(widths) * FP32 + block, tile_row
+
+
+def class_row_bytes(vocab_size: int, classes: ClassSizes) -> int:
+    """Class logits of both sides; a gradient and shares of tokens; what is gathered."""
+    return (2 * classes.classes + 2 * vocab_size + classes.gathered) * FP32
 
 
 def _check(budget: int, least: int, what: str) -> None:

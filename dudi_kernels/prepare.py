@@ -16,6 +16,7 @@ from dudi_kernels import checks, devices
 from dudi_kernels.autograd import no_autocast
 from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
+from dudi_kernels.classes import Classes
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
@@ -122,11 +123,14 @@ def make_plan(
     backend: ModuleType,
     memory_budget: int,
     skips: bool = False,  # tiles of the gradient: their masses take temporaries
+    classes: Classes | None = None,
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, measures, backend)
     layout["temporaries"] |= skips
+    if classes is not None and teacher is not None:
+        layout["classes"] = classes.sizes(teacher.head.vocab_size)
     return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
 
 
@@ -154,6 +158,8 @@ def scalar(
 def streams(task: Task, backend: ModuleType) -> bool:
     """Whether *recompute* serves a scalar loss: chosen by cost."""
     student = task.student
+    if task.classes is not None:  # their steps take rows of logits
+        return False
     return streams_at(
         student.hidden.device,
         len(student.hidden),
@@ -229,11 +235,20 @@ def row_wise(
     memory_budget: int,
     *,
     entropy: bool,
+    classes: Classes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(N,) divergence, log_prob, entropy and teacher_entropy; all but the last differentiable."""
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
     job = make_job(
-        learner, guide, measure, targets, temperatures, backend, memory_budget, entropy=entropy
+        learner,
+        guide,
+        measure,
+        targets,
+        temperatures,
+        backend,
+        memory_budget,
+        entropy=entropy,
+        classes=classes,
     )
     return RowWise.apply(job, *student.inputs)
 
@@ -248,13 +263,14 @@ def make_job(
     memory_budget: int,
     *,
     entropy: bool,
+    classes: Classes | None = None,
 ) -> Job:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
     layout = _layout(sides, [measure], backend)
     hidden, vocab_size = student.hidden, student.head.vocab_size
     cell, _ = backend.stream_bytes(hidden.device, hidden.dtype, len(hidden), vocab_size, len(sides))
-    by_rows = measure is not None and measure.adaptive
+    by_rows = classes is not None or (measure is not None and measure.adaptive)
     block, tile_rows = plan_block(
         len(hidden),
         budget=memory_budget,
@@ -273,9 +289,12 @@ def make_job(
         block=block,
         tile_rows=tile_rows,
         row_plan=(
-            make_plan(student, teacher, [measure], backend, memory_budget) if by_rows else None
+            make_plan(student, teacher, [measure], backend, memory_budget, classes=classes)
+            if by_rows
+            else None
         ),
         backend=backend,
+        classes=classes,
     )
 
 

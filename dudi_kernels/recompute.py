@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
+from dudi_kernels.classes import Classes
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan
 from dudi_kernels.skipping import Blocks, Tally, choose
@@ -68,6 +69,7 @@ class Job(NamedTuple):
     row_plan: Plan | None  # of a forward pass over rows, where the divergence needs one
     backend: ModuleType
     live: Live | None = None  # tiles of the gradient; None: all
+    classes: Classes | None = None  # that the divergence is over: both passes are over rows then
 
 
 class Stream:
@@ -125,9 +127,12 @@ class Stream:
 
 def _forward(job: Job) -> RowState:
     """The state of all rows."""
-    if job.row_plan is not None:
-        return _by_rows(job, job.row_plan)
     rows = job.student.hidden
+    if job.row_plan is not None:
+        nothing = Needs(*[False] * len(Needs._fields))
+        sweep = _row_sweep(job, torch.zeros(len(rows), device=rows.device), None, nothing)
+        sweep.run()
+        return sweep.state
     state = RowState.fresh(torch.zeros(len(rows), device=rows.device))
     job.backend.Stream(job).forward(state)
     _set_infinite(job, state)
@@ -140,28 +145,27 @@ def _set_infinite(job: Job, state: RowState) -> None:
         state.divergence.masked_fill_(infinite, torch.inf)
 
 
-def _by_rows(job: Job, plan: Plan) -> RowState:
-    """A *retain* sweep without gradients."""
-    assert job.measure is not None
+def _row_sweep(job: Job, weight: Tensor, coefficient: Tensor | None, needs: Needs) -> Sweep:
+    """A *retain* sweep over the job's rows."""
+    assert job.row_plan is not None
     rows = len(job.student.hidden)
     task = Task(
         student=job.student,
         teacher=job.teacher,
         targets=job.targets,
-        weight=torch.zeros(rows, device=job.student.hidden.device),
-        spans=[Span(0, rows, job.measure)],
-        groups=[[chunk] for chunk in chunks(0, rows, even(rows, plan.chunk_rows))],
-        coefficient=None,
+        weight=weight,
+        spans=[] if job.measure is None else [Span(0, rows, job.measure)],
+        groups=[[chunk] for chunk in chunks(0, rows, even(rows, job.row_plan.chunk_rows))],
+        coefficient=coefficient,
         coefficients=None,
         teacher_log_prob=False,
         inv_tau=job.inv_tau,
         teacher_inv_tau=job.teacher_inv_tau,
-        plan=plan,
-        needs=Needs(*[False] * len(Needs._fields)),
+        plan=job.row_plan,
+        needs=needs,
+        classes=job.classes,
     )
-    sweep = Sweep(task, job.backend)
-    sweep.run()
-    return sweep.state
+    return Sweep(task, job.backend)
 
 
 # ---- one pass by the chain rule ------------------------------------------------------------------
@@ -426,6 +430,8 @@ def _gradients(
     job: Job, state: RowState, needs: Needs, inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """In the order of Needs and the dtypes of the inputs; each block of the head's written once."""
+    if job.classes is not None:
+        return _gradients_by_rows(job, state, needs, inputs)
     of_rows = needs._replace(weight=False, bias=False, lora_b=False)
     of_head = needs._replace(hidden=False, low=False)
     sums = new_gradients(job.student, of_rows)
@@ -446,4 +452,17 @@ def _gradients(
     return tuple(
         total.to(tensor.dtype) if total is not None and tensor is not None else target
         for total, target, tensor in zip(sums, whole, inputs, strict=True)
+    )
+
+
+def _gradients_by_rows(
+    job: Job, state: RowState, needs: Needs, inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The same where the divergence is over classes: from logits of whole rows."""
+    sweep = _row_sweep(job, state.weight, state.coefficient, needs)
+    sweep.state.entropy_weight = state.entropy_weight
+    sweep.run()
+    return tuple(
+        None if g is None or tensor is None else g.to(tensor.dtype)
+        for g, tensor in zip(sweep.grads, inputs, strict=True)
     )

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
+from dudi_kernels.classes import Classes
 from dudi_kernels.divergences import Measure
 from dudi_kernels.head import LMHead
 from dudi_kernels.plan import Plan
 from dudi_kernels.skipping import Tally, live_columns
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
+from dudi_kernels.verbalized import Verbalized
 
 TILE_ROWS = 32  # that a GEMM takes at once
 
@@ -86,6 +88,7 @@ class Task(NamedTuple):
     plan: Plan
     needs: Needs
     tolerance: float = 0.0  # of skipping.py; 0: exact
+    classes: Classes | None = None  # that the divergences are over; None: the vocabulary
 
 
 class RowValues(NamedTuple):
@@ -170,18 +173,22 @@ class Sweep:
         self.task, self.backend = task, backend
         hidden, head = task.student.hidden, task.student.head
         largest = max((b - a for group in task.groups for a, b in group), default=0)
-        shape = (largest, head.vocab_size)
-        new = partial(torch.empty, shape, dtype=torch.float32, device=hidden.device)
-        self.student = new()
-        self.teacher = new() if task.teacher is not None else None
+        new = partial(torch.empty, dtype=torch.float32, device=hidden.device)
+        other = None if task.teacher is None else task.teacher.head
+        self.student = new(largest, head.vocab_size)
+        self.teacher = None if other is None else new(largest, other.vocab_size)
         self.state = RowState.fresh(task.weight)
         self.state.coefficient = self._known_coefficients()
         if any(span.measure.adaptive for span in task.spans):
             self.state.mixture = torch.zeros_like(self.state.weight)
-        other = None if task.teacher is None else task.teacher.head
         inv_taus = (task.inv_tau, task.teacher_inv_tau)
         self.setting = Setting.of(head, other, task.targets, inv_taus, task.plan.tile_rows)
         self.grads = new_gradients(task.student, task.needs)
+        self.verbalized = None
+        if task.classes is not None and other is not None:
+            self.verbalized = Verbalized(
+                task.classes, backend, self.setting, self.state, other.vocab_size
+            )
         self.filled = False  # whether the weight's gradient has been written to
         self.tally = Tally(hidden.device)
 
@@ -270,8 +277,10 @@ class Sweep:
     ) -> None:
         first, last = columns or (0, self.setting.vocabulary)
         for a, b, measure in runs(self.task.spans, start, stop):
-            local = slice(a - start, b - start), slice(first, last)
-            logits = self.teacher[local] if self.teacher is not None else None
+            local = slice(a - start, b - start)
+            student, teacher = self.student[local, first:last], None
+            if self.teacher is not None and (measure is not None or self.verbalized is None):
+                teacher = self.teacher[local, slice(first, last) if columns else slice(None)]
             read = measure is not None or self.task.teacher_log_prob
             wanted = Steps(
                 statistics=statistics,
@@ -280,8 +289,11 @@ class Sweep:
                 sums=sums,
                 gradient=gradient,
             )
-            tile = Tile(self.student[local], logits, a, first, measure)
-            self.backend.steps(self.setting, self.state, tile, wanted)
+            tile = Tile(student, teacher, a, first, measure)
+            if self.verbalized is None or measure is None:
+                self.backend.steps(self.setting, self.state, tile, wanted)
+            else:
+                self.verbalized.steps(tile, wanted)
 
     def _gradient(self, start: int, stop: int, **earlier: Any) -> None:
         """The gradient of a chunk and what is made of it, after or together with earlier steps."""
@@ -320,7 +332,7 @@ class Sweep:
         state = self.state
         if self.grads.weight is not None and not self.filled:  # no rows
             self.grads.weight.zero_()
-        if self.setting.masked:
+        if self.setting.masked or (self.verbalized is not None and self.verbalized.masked):
             for start, stop, measure in self.task.spans:
                 poles = state.poles[start:stop] & infinite_mask(measure)
                 state.divergence[start:stop].masked_fill_(poles != 0, torch.inf)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dudi_kernels import checks, devices
 from dudi_kernels.checks import Head, Rows
+from dudi_kernels.classes import Classes
 from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import DEFAULT_BUDGET, Plan
@@ -31,6 +32,7 @@ from dudi_kernels.prepare import (
     with_low,
 )
 from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks, even
+from dudi_kernels.verbalizer import Verbalizer
 
 Reference = Tensor | str | None
 Denominator = float | Tensor | None
@@ -116,6 +118,7 @@ def linear_dudi_loss(
     pairs: Denominator = None,
     num_pairs: int | None = None,
     gradient_tolerance: float = 0.0,
+    verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DuDiLoss:
@@ -154,6 +157,7 @@ def linear_dudi_loss(
             segment ids say. Needed under torch.compile.
         gradient_tolerance: as in `linear_distill_loss`; a row's weight is that of its divergence
             and of its log-probability in the loss.
+        verbalizer: as in `linear_distill_loss`; "teacher" can't be the reference then.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
@@ -206,13 +210,23 @@ def linear_dudi_loss(
         scale=packing.sums(ones).clamp(min=1) ** -preference_length_power,
         weight=preference_weight / weights.pairs,
     )
-    teacher = None
+    teacher = classes = None
     if off_policy_weight or on_policy_weight or preference.from_teacher:
-        teacher = _teacher(student, teacher_hidden, teacher_head)
+        teacher, classes = _teacher(student, teacher_hidden, teacher_head, verbalizer)
+        checks.exact(gradient_tolerance, classes)
+        _check_classes(classes, measures, (off_policy_weight, on_policy_weight), preference)
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
     task = signals.task(
-        student, teacher, flat, measures, temperatures, engine, memory_budget, gradient_tolerance
+        student,
+        teacher,
+        flat,
+        measures,
+        temperatures,
+        engine,
+        memory_budget,
+        gradient_tolerance,
+        classes,
     )
     loss, values, skipped = scalar(student, task, signals.combine, engine, memory_budget)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
@@ -271,10 +285,12 @@ class _Signals:
         backend: ModuleType,
         memory_budget: int,
         tolerance: float,
+        classes: Classes | None,
     ) -> Task:
         w, packing = self.weights, self.packing
         learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-        plan = make_plan(learner, guide, list(measures), backend, memory_budget, tolerance > 0)
+        skips = tolerance > 0
+        plan = make_plan(learner, guide, list(measures), backend, memory_budget, skips, classes)
         positive = packing.positive
         return Task(
             student=learner,
@@ -291,6 +307,7 @@ class _Signals:
             plan=plan,
             needs=wanted_gradients(student),
             tolerance=tolerance,
+            classes=classes,
         )
 
     def combine(self, values: RowValues) -> Tensor:
@@ -385,14 +402,35 @@ def _reference(value: Reference, packing: Packing, student: Rows) -> Tensor:
     return F.pad(own, (0, count - len(value)))
 
 
-def _teacher(student: Rows, hidden: Tensor | None, head: Head | None) -> Rows:
+def _teacher(
+    student: Rows, hidden: Tensor | None, head: Head | None, verbalizer: Verbalizer | None
+) -> tuple[Rows, Classes | None]:
     for name, value in (("teacher_hidden", hidden), ("teacher_head", head)):
         if value is None:
             raise ValueError(f"{name} must be given where a signal or the reference needs it")
     assert hidden is not None and head is not None
     teacher = checks.side("teacher", hidden, head)
-    checks.pair_of_sides(student, teacher)
-    return with_low(teacher)
+    teacher, classes = checks.pair_of_sides(student, teacher, verbalizer)
+    return with_low(teacher), classes
+
+
+def _check_classes(
+    classes: Classes | None,
+    measures: tuple[Measure, Measure],
+    weights: tuple[float, float],
+    preference: Preference,
+) -> None:
+    if classes is None:
+        return
+    if preference.from_teacher:
+        raise ValueError(
+            "reference_log_prob must not be 'teacher' with a verbalizer that maps tokens: the "
+            "teacher's log-probabilities are of its own"
+        )
+    names = ("off_policy_divergence", "on_policy_divergence")
+    for name, measure, weight in zip(names, measures, weights, strict=True):
+        if weight:
+            checks.finite_measure(name, measure, classes)
 
 
 def _spans(

@@ -12,6 +12,7 @@ from torch import Tensor
 from dudi_kernels.adaptive import mix
 from dudi_kernels.backends import native
 from dudi_kernels.backends.gemms import accumulate, packing, project
+from dudi_kernels.backends.maps import class_logits, pull, shares
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import FP32
 from dudi_kernels.recompute import Stream
@@ -31,10 +32,13 @@ from dudi_kernels.tiles import (
 __all__ = [
     "Stream",
     "accumulate",
+    "class_logits",
     "fuses",
     "needs_temporaries",
     "packing",
     "project",
+    "pull",
+    "shares",
     "steps",
     "stream_bytes",
 ]

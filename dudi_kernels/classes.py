@@ -1,0 +1,152 @@
+"""From a Verbalizer to index tables: the classes that a divergence is over, and their members.
+
+Every class has members on both sides. Tokens of the student without any form one class more, the
+bucket, which the mass that the teacher puts nowhere else belongs to; or they stay out of both
+distributions. A side's classes are grouped by their number of members, padded to a power of two,
+so that the cost of a group follows its own multiplicity; nothing is ever summed by atomics.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dudi_kernels.plan import ClassSizes
+
+if TYPE_CHECKING:
+    from dudi_kernels.verbalizer import Verbalizer
+
+GATHERED = 3  # times as many elements as members alive at once, at the most
+LEAST = 1e-6  # of a token's mass: less is the rounding of weights that sum to 1
+
+
+class Group(NamedTuple):
+    """Classes of up to W members."""
+
+    classes: Tensor  # (G,) int64
+    members: Tensor  # (G, W) int64
+    log_weights: Tensor | None  # (G, W) fp32, -inf where there is no member; None: zeros
+
+    @property
+    def width(self) -> int:
+        return self.members.shape[1]
+
+
+class Shared(NamedTuple):
+    """The student's tokens that share their class with others."""
+
+    tokens: Tensor  # (n,) int64
+    classes: Tensor  # (n,) int64
+
+
+class Classes(NamedTuple):
+    """What a sweep needs of a verbalizer, on its device."""
+
+    count: int  # K
+    teacher: tuple[Group, ...]
+    student: tuple[Group, ...]
+    student_class: Tensor  # (V,) int64, 0 for a token without one
+    shared: Shared
+    excluded: Tensor  # tokens without a class
+    masked: bool  # whether the teacher gives a class no mass: the bucket
+    prefix: bool  # whether the student's tokens are the teacher's first, each a class
+
+    def sizes(self, teacher_size: int) -> ClassSizes:
+        """What a plan must know of them."""
+        entries = max(sum(g.members.numel() for g in side) for side in (self.teacher, self.student))
+        return ClassSizes(teacher_size, self.count, GATHERED * entries)
+
+    @classmethod
+    def of(cls, verbalizer: Verbalizer) -> Classes:
+        """Raises: ValueError where the two sides have no class in common."""
+        ids, classes, weights, student, count, masked = _live(verbalizer)
+        excluded = (student < 0).nonzero()[:, 0]
+        own = (student >= 0).nonzero()[:, 0]
+        sizes = torch.bincount(student[own], minlength=count)
+        shared = own[sizes[student[own]] > 1]
+        ones = torch.ones(len(own), dtype=weights.dtype, device=weights.device)
+        return cls(
+            count=count,
+            teacher=_groups(ids, classes, weights, count),
+            student=_groups(own, student[own], ones, count),
+            student_class=student.clamp(min=0),
+            shared=Shared(shared, student[shared]),
+            excluded=excluded,
+            masked=masked,
+            prefix=_is_prefix(ids, classes, weights, student, count),
+        )
+
+
+class _Live(NamedTuple):
+    """Entries of the teacher's map, and the student's partition."""
+
+    ids: Tensor
+    classes: Tensor
+    weights: Tensor  # float64
+    student: Tensor  # (V,) -1: none
+    count: int
+    masked: bool
+
+
+def _live(verbalizer: Verbalizer) -> _Live:
+    """The classes that both sides have, numbered anew, and the bucket."""
+    v, size = verbalizer, verbalizer.num_classes
+    of_entry = torch.repeat_interleave(v.indptr.diff())
+    inside = v.student_class >= 0
+    has_student = torch.bincount(v.student_class[inside], minlength=size) > 0
+    kept = (v.weights > 0) & has_student[of_entry]
+    ids, classes, weights = v.teacher_ids[kept], of_entry[kept], v.weights[kept].double()
+    live = torch.bincount(classes, minlength=size) > 0
+    count = int(live.sum())
+    if not count:
+        raise ValueError("verbalizer must give a class that the student has some mass, got none")
+    number = (live.cumsum(0) - 1).masked_fill(~live, -1)
+    student = torch.where(inside, number[v.student_class.clamp(min=0)], -1)
+    found = _Live(ids, number[classes], weights, student, count, False)
+    if v.unmatched == "bucket" and bool((student < 0).any()):
+        return _with_bucket(found, v.teacher_size)
+    return found
+
+
+def _with_bucket(live: _Live, teacher_size: int) -> _Live:
+    mapped = live.weights.new_zeros(teacher_size).index_add(0, live.ids, live.weights)
+    rest = 1 - mapped
+    tokens = (rest > LEAST).nonzero()[:, 0]
+    return _Live(
+        ids=torch.cat([live.ids, tokens]),
+        classes=torch.cat([live.classes, torch.full_like(tokens, live.count)]),
+        weights=torch.cat([live.weights, rest[tokens]]),
+        student=live.student.masked_fill(live.student < 0, live.count),
+        count=live.count + 1,
+        masked=not len(tokens),
+    )
+
+
+def _groups(ids: Tensor, classes: Tensor, weights: Tensor, count: int) -> tuple[Group, ...]:
+    """Members of each class, by the power of two that holds their number."""
+    order = torch.argsort(classes, stable=True)
+    ids, weights = ids[order], weights[order]
+    sizes = torch.bincount(classes, minlength=count)
+    starts = sizes.cumsum(0) - sizes
+    widths = 2 ** (sizes - 1).clamp(min=0).double().log2().floor().add(1).long()
+    widths = torch.where(sizes > 1, widths, 1)
+    groups = []
+    for width in sorted(set(widths.tolist())):
+        own = ((widths == width) & (sizes > 0)).nonzero()[:, 0]
+        if not len(own):
+            continue
+        place = torch.arange(width, device=ids.device)
+        there = place < sizes[own, None]
+        at = torch.where(there, starts[own, None] + place, starts[own, None])
+        log_weights = weights[at].log().float().masked_fill(~there, -torch.inf)
+        plain = bool((log_weights == 0).all())
+        groups.append(Group(own, ids[at], None if plain else log_weights))
+    return tuple(groups)
+
+
+def _is_prefix(ids: Tensor, classes: Tensor, weights: Tensor, student: Tensor, count: int) -> bool:
+    """Whether slicing the teacher's head says the same."""
+    same = len(student) == count == len(ids) and bool((weights == 1).all())
+    return same and torch.equal(ids, classes) and torch.equal(student, student.sort().values)
