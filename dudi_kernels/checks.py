@@ -168,9 +168,7 @@ def pair_of_sides(
 def _verbalized(
     student: Rows, teacher: Rows, verbalizer: Verbalizer
 ) -> tuple[Rows, Classes | None]:
-    if not isinstance(verbalizer, Verbalizer):
-        got = type(verbalizer).__name__
-        raise TypeError(f"verbalizer must be a Verbalizer or None, got {got}")
+    verbalizer_type(verbalizer)
     for who, side, size in (
         ("teacher", teacher, verbalizer.teacher_size),
         ("student", student, verbalizer.student_size),
@@ -189,6 +187,11 @@ def _verbalized(
     if classes.prefix:  # rows of the teacher's head beyond the student's, if any, are left out
         return teacher._replace(head=teacher.head.part(0, verbalizer.student_size)), None
     return teacher, classes
+
+
+def verbalizer_type(value: object) -> None:
+    if not isinstance(value, Verbalizer):
+        raise TypeError(f"verbalizer must be a Verbalizer or None, got {type(value).__name__}")
 
 
 def exact(gradient_tolerance: float, classes: Classes | None) -> None:

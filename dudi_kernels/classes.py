@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dudi_kernels.verbalizer import Verbalizer
 
 GATHERED = 3  # times as many elements as members alive at once, at the most
+ALONE, NOWHERE = -1, -2  # places of tokens that share no class, or have none
 LEAST = 1e-6  # of a token's mass: less is the rounding of weights that sum to 1
 
 
@@ -50,6 +51,7 @@ class Classes(NamedTuple):
     student_class: Tensor  # (V,) int64, 0 for a token without one
     shared: Shared
     excluded: Tensor  # tokens without a class
+    places: Tensor  # (V,) in `shared`, or ALONE, or NOWHERE
     masked: bool  # whether the teacher gives a class no mass: the bucket
     prefix: bool  # whether the student's tokens are the teacher's first, each a class
 
@@ -66,6 +68,8 @@ class Classes(NamedTuple):
         own = (student >= 0).nonzero()[:, 0]
         sizes = torch.bincount(student[own], minlength=count)
         shared = own[sizes[student[own]] > 1]
+        places = torch.full_like(student, ALONE).index_fill(0, excluded, NOWHERE)
+        places[shared] = torch.arange(len(shared), device=places.device)
         ones = torch.ones(len(own), dtype=weights.dtype, device=weights.device)
         return cls(
             count=count,
@@ -74,6 +78,7 @@ class Classes(NamedTuple):
             student_class=student.clamp(min=0),
             shared=Shared(shared, student[shared]),
             excluded=excluded,
+            places=places,
             masked=masked,
             prefix=_is_prefix(ids, classes, weights, student, count),
         )

@@ -26,6 +26,7 @@ from dudi_kernels.autograd import fp32_gradients
 from dudi_kernels.devices import current_stream
 from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.topk import TopKTeacher
+from dudi_kernels.verbalizer import VERBALIZERS, Verbalizer
 
 Tensors = list[torch.Tensor]
 Place = tuple[str, Any]  # where an argument is in the flat lists, or what it is
@@ -75,6 +76,8 @@ def _place(value: Any, tensors: Tensors, sizes: list[int]) -> Place:
         kind = type(value)
         parts = [_place(getattr(value, part), tensors, sizes) for part in PARTS[kind]]
         return kind.__name__, tuple(parts)
+    if isinstance(value, Verbalizer):  # its tables are made once, so the operator is told which
+        return "verbalizer", value.key
     if not isinstance(value, (int, float)) or _constant(value):
         return "value", value
     # A number that changes from call to call: as a constant it would be compiled again for each
@@ -106,6 +109,8 @@ def _restored(place: Place, tensors: Sequence[Tensor], sizes: Sequence[int]) -> 
             return sizes[what]
         case "value":
             return what
+        case "verbalizer":
+            return VERBALIZERS[what]
         case _:
             return KINDS[kind](*(_restored(part, tensors, sizes) for part in what))
 

@@ -13,12 +13,15 @@ from dudi_kernels.plan import (
     DEFAULT_BUDGET,
     FP32,
     TEMPORARIES,
+    ClassSizes,
     Packing,
+    class_row_bytes,
     plan_block,
     plan_retain,
 )
 from dudi_kernels.prepare import layout, pick_backend, streams_at
 from dudi_kernels.sweep import even
+from dudi_kernels.verbalizer import Verbalizer
 
 
 class MemoryPlan(NamedTuple):
@@ -45,6 +48,7 @@ def plan_memory(
     dtype: torch.dtype = torch.float32,
     train_hidden: bool = True,
     train_weight: bool = True,
+    verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
     memory_budget: int = DEFAULT_BUDGET,
@@ -57,6 +61,7 @@ def plan_memory(
         dtype: of hidden states and weights; half precision is converted block by block on a CPU
             (bf16 on one with AMX is not).
         train_hidden, train_weight: which gradients are wanted.
+        verbalizer: that the divergence has; of `vocab_size` tokens of the student.
 
     Returns:
         `MemoryPlan`, in FLOPs and bytes. With compiled steps `peak` is what is measured, within
@@ -79,9 +84,20 @@ def plan_memory(
     module = pick_backend(backend, place)
     settings = layout(place, widths, {dtype}, [measure], module)
     convert, packing = settings["convert"], settings["packing"]
+    sizes = _class_sizes(verbalizer, vocab_size, teacher_width)
     call = _Call(
-        rows, vocab_size, widths, dtype.itemsize, convert, packing, train_hidden, train_weight
+        rows,
+        vocab_size,
+        widths,
+        dtype.itemsize,
+        convert,
+        packing,
+        train_hidden,
+        train_weight,
+        sizes,
     )
+    if sizes is not None:
+        return _over_classes(call, settings, memory_budget, per_row)
     if not per_row:
         plan = plan_retain(vocab_size, budget=memory_budget, **settings)
         taught = [] if teacher_width is None else [measure]
@@ -124,6 +140,25 @@ class _Call(NamedTuple):
     packing: Packing | None
     train_hidden: bool
     train_weight: bool
+    classes: ClassSizes | None = None
+
+    @property
+    def vocabularies(self) -> list[int]:
+        """The student's, and the teacher's."""
+        own = [self.vocab_size] * len(self.widths)
+        if self.classes is not None:
+            own[1] = self.classes.teacher_vocabulary
+        return own
+
+    @property
+    def logit_row(self) -> int:
+        """Bytes of both sides' logits."""
+        return sum(self.vocabularies) * FP32
+
+    @property
+    def weights(self) -> int:
+        """Elements of both heads."""
+        return sum(v * d for v, d in zip(self.vocabularies, self.widths, strict=True))
 
     @property
     def gradient_flops(self) -> int:
@@ -132,11 +167,11 @@ class _Call(NamedTuple):
 
     @property
     def projection_flops(self) -> int:
-        return 2 * self.rows * self.vocab_size * sum(self.widths)
+        return 2 * self.rows * self.weights
 
     @property
     def head_bytes(self) -> int:
-        return self.vocab_size * sum(self.widths) * self.item_size
+        return self.weights * self.item_size
 
     @property
     def logit_bytes(self) -> int:
@@ -163,8 +198,7 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
     sums = call.weight_elements * FP32
     student_head = call.vocab_size * call.widths[0] * call.item_size
     operands = call.head_bytes + student_head * call.train_hidden + 2 * sums
-    row = call.vocab_size * FP32
-    workspace = sides * chunk * row + tile_rows * TEMPORARIES * row
+    workspace = chunk * call.logit_row + tile_rows * TEMPORARIES * max(call.vocabularies) * FP32
     workspace += call.converted(chunk, call.vocab_size)
     gradients = call.hidden_gradient + sums
     rounded = call.weight_elements * call.item_size if call.item_size != FP32 else 0
@@ -177,6 +211,42 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
         workspace,
         gradients,
         gradients + max(workspace, rounded),  # the buffers are gone when gradients are rounded
+    )
+
+
+def _class_sizes(
+    verbalizer: Verbalizer | None, vocab_size: int, teacher_width: int | None
+) -> ClassSizes | None:
+    """None where the divergence is over the vocabulary."""
+    if verbalizer is None:
+        return None
+    checks.verbalizer_type(verbalizer)
+    if teacher_width is None:
+        raise ValueError("teacher_width must be given with a verbalizer")
+    if verbalizer.student_size != vocab_size:
+        raise ValueError(
+            f"verbalizer must be for a vocabulary of {vocab_size}, got {verbalizer.student_size}"
+        )
+    classes = verbalizer.classes
+    return None if classes.prefix else classes.sizes(verbalizer.teacher_size)
+
+
+def _over_classes(
+    call: _Call, settings: dict[str, Any], budget: int, per_row: bool
+) -> MemoryPlan:
+    """Both strategies take whole rows of logits there: *recompute* sweeps two times."""
+    assert call.classes is not None
+    plan = plan_retain(call.vocab_size, budget=budget, classes=call.classes, **settings)
+    temporaries = plan.tile_rows * settings["temporaries"]
+    found = _retain(call, even(call.rows, plan.chunk_rows), temporaries)
+    own = plan.tile_rows * class_row_bytes(call.vocab_size, call.classes)
+    found = found._replace(workspace=found.workspace + own, peak=found.peak + own)
+    if not per_row:
+        return found
+    return found._replace(
+        strategy="recompute",
+        flops=found.flops + call.projection_flops,
+        bytes_moved=found.bytes_moved + call.head_bytes,
     )
 
 

@@ -69,7 +69,9 @@ def plan_retain(
 
     def plan(left: int) -> Plan:
         most = left // (chunk_row + tile_row)  # tiles as long as chunks
-        wanted = max(_tile_bytes(budget, cached) // row, CLASS_ROWS if classes else 1)
+        wanted = _tile_bytes(budget, cached) // row
+        if classes is not None:  # an accelerator wants few launches
+            wanted = max(wanted, CLASS_ROWS if cached else most)
         tile_rows = max(1, min(wanted, most))
         most_rows = (left - tile_rows * tile_row) // chunk_row
         return Plan(min(MAX_CHUNK, most_rows), tile_rows, most_rows)

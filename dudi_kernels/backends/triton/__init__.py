@@ -24,6 +24,7 @@ from dudi_kernels.backends.triton.kernels import (
     TEMPERED_MASS,
 )
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source, partial_bytes
+from dudi_kernels.backends.triton.maps import class_logits, pull, shares
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
@@ -35,11 +36,14 @@ from dudi_kernels.tiles import RowState, Setting, Steps, Tile, log_probs
 __all__ = [
     "Stream",
     "accumulate",
+    "class_logits",
     "fuses",
     "needs_temporaries",
     "packing",
     "project",
+    "pull",
     "serves",
+    "shares",
     "steps",
     "stream_bytes",
 ]
