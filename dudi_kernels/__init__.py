@@ -5,6 +5,7 @@ straight from hidden states and head weights, and the three signals of DuDi in o
 function's docstring for the naive code that it replaces.
 """
 
+from dudi_kernels.align import Aligner, Alignment, Tokens, align_responses
 from dudi_kernels.api import (
     DistillLoss,
     DistillRows,
@@ -19,10 +20,13 @@ from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 from dudi_kernels.topk import TopKTeacher
-from dudi_kernels.verbalizer import Verbalizer
+from dudi_kernels.verbalizer import Coverage, Verbalizer
 
 __all__ = [
     "DIVERGENCES",
+    "Aligner",
+    "Alignment",
+    "Coverage",
     "DistillLoss",
     "DistillRows",
     "Divergence",
@@ -30,8 +34,10 @@ __all__ = [
     "LMHead",
     "LoRA",
     "MemoryPlan",
+    "Tokens",
     "TopKTeacher",
     "Verbalizer",
+    "align_responses",
     "linear_cross_entropy",
     "linear_distill",
     "linear_distill_loss",
