@@ -36,6 +36,9 @@ PARTS: dict[type, tuple[str, ...]] = {  # what is taken apart, in the order that
     LoRA: ("a", "b", "scaling"),
     TopKTeacher: ("ids", "log_probs"),
 }
+# The operator works in a thread of its own, whose memory inductor's CUDA graphs would not hold: it
+# splits its graphs there.
+TAGS = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
 KINDS = {kind.__name__: kind for kind in PARTS}
 
 
@@ -211,7 +214,7 @@ def _no_gradients(others: Sequence[Any]) -> list[Any]:
 # ---- scalars -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dudi_kernels::scalar", mutates_args=())
+@torch.library.custom_op("dudi_kernels::scalar", mutates_args=(), tags=TAGS)
 def scalar(
     tensors: Sequence[Tensor],
     sizes: Sequence[int],
@@ -263,7 +266,7 @@ scalar.register_autograd(_scalar_backward, setup_context=_scalar_context)
 # ---- per-row values ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dudi_kernels::rows", mutates_args=())
+@torch.library.custom_op("dudi_kernels::rows", mutates_args=(), tags=TAGS)
 def rows(
     tensors: Sequence[Tensor],
     sizes: Sequence[int],
@@ -281,7 +284,7 @@ def _(tensors, sizes, name, text, autocast, needs):
     return _new_results(name, tensors, sizes, text)
 
 
-@torch.library.custom_op("dudi_kernels::rows_backward", mutates_args=())
+@torch.library.custom_op("dudi_kernels::rows_backward", mutates_args=(), tags=TAGS)
 def rows_backward(
     grads: Sequence[Tensor],
     there: Sequence[bool],  # for which of the results

@@ -22,8 +22,10 @@ from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.classes import Classes
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan
-from dudi_kernels.skipping import Blocks, Tally, choose
+from dudi_kernels.skipping import Blocks, Tally, choose, runs_of
 from dudi_kernels.sweep import (
+    Chunk,
+    Gradients,
     Needs,
     RowValues,
     Side,
@@ -85,10 +87,10 @@ class Stream:
         inv_taus = (job.inv_tau, job.teacher_inv_tau)
         self.setting = Setting.of(head, other, job.targets, inv_taus, job.tile_rows)
 
-    def blocks(self) -> Iterator[tuple[Tile, Side]]:
-        """Tiles of fresh logits, and the student's side of those columns."""
+    def blocks(self, columns: list[Chunk] | None = None) -> Iterator[tuple[Tile, Side]]:
+        """Tiles of fresh logits, and the student's side of those columns; by default of all."""
         job = self.job
-        for start, stop in chunks(0, job.student.head.vocab_size, job.block):
+        for start, stop in columns or chunks(0, job.student.head.vocab_size, job.block):
             sides = [
                 None if side is None else self._logits(side, buffer, start, stop)
                 for side, buffer in zip((job.student, job.teacher), self.buffers, strict=True)
@@ -118,9 +120,11 @@ class Stream:
                 for tile, _ in self.blocks():
                     self.steps(state, tile, wanted)
 
-    def gradients(self, state: RowState) -> Iterator[tuple[Tensor, Side, int]]:
-        """The gradient of the logits by blocks of columns, the student's side, the first column."""
-        for tile, side in self.blocks():
+    def gradients(
+        self, state: RowState, columns: list[Chunk]
+    ) -> Iterator[tuple[Tensor, Side, int]]:
+        """The gradient of the logits by these blocks, the student's side, the first column."""
+        for tile, side in self.blocks(columns):
             self.steps(state, tile, Steps(gradient=True))
             yield tile.student, side, tile.first_column
 
@@ -290,7 +294,7 @@ class RowWise(torch.autograd.Function):
         if divergence is None:
             job = job._replace(measure=None, teacher=None)
         with no_autocast(job.student.hidden.device):
-            return None, *_gradients(job, state, needs, inputs)
+            return None, *_gradients([Share(job, state, None)], needs, inputs)
 
 
 class Part(NamedTuple):
@@ -343,24 +347,15 @@ class Streamed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         needs = Needs(*ctx.needs_input_grad[4:])
         inputs = ctx.saved_tensors[: len(needs)]
-        sums: list[Tensor | None] = [None] * len(needs)
         if grad is None:
-            return (None, None, None, None, *sums)
+            return (None,) * (4 + len(needs))
+        shares = []
         for part, state in zip(ctx.parts, ctx.states, strict=True):
             coefficient = None if ctx.coefficient is None else part.pick(ctx.coefficient) * grad
             own = replace(state, weight=part.pick(ctx.weight) * grad, coefficient=coefficient)
-            with no_autocast(grad.device):
-                found = _gradients(part.job, own, needs, _inputs_of_part(part, inputs))
-            for i, (name, gradient) in enumerate(zip(Needs._fields, found, strict=True)):
-                if gradient is None:
-                    continue
-                if name in OF_ROWS and part.rows is not None:
-                    whole = torch.zeros_like(inputs[i]) if sums[i] is None else sums[i]
-                    sums[i] = part.put(whole, gradient)
-                else:
-                    older = sums[i]
-                    sums[i] = gradient if older is None else older.add_(gradient)
-        return (None, None, None, None, *sums)
+            shares.append(Share(part.job, own, part.rows))
+        with no_autocast(grad.device):
+            return (None, None, None, None, *_gradients(shares, needs, inputs))
 
 
 def _bounded_forward(part: Part, task: Task, bounded: bool) -> tuple[RowState, Blocks | None]:
@@ -390,16 +385,6 @@ def _with_live(
     return part._replace(job=job._replace(live=Live(choice.live, blocks.rows, blocks.columns)))
 
 
-OF_ROWS = ("hidden", "low")
-
-
-def _inputs_of_part(part: Part, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(
-        tensor if tensor is None or name not in OF_ROWS else part.pick(tensor)
-        for name, tensor in zip(Needs._fields, inputs, strict=True)
-    )
-
-
 def _together(parts: list[Part], states: list[RowState], task: Task) -> RowValues:
     """As those of a *retain* sweep, in the order of the rows."""
     whole = RowValues(*(torch.zeros_like(task.weight) for _ in RowValues._fields))
@@ -426,33 +411,86 @@ def _coefficient(task: Task, values: RowValues) -> Tensor | None:
     return own if task.coefficient is None else task.coefficient + own
 
 
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """What some rows add to the gradients."""
+
+    job: Job
+    state: RowState
+    rows: Tensor | None  # (R,) which rows; None: all
+
+
 def _gradients(
-    job: Job, state: RowState, needs: Needs, inputs: tuple[Tensor | None, ...]
+    shares: list[Share], needs: Needs, inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """In the order of Needs and the dtypes of the inputs; each block of the head's written once."""
+    """In the order of Needs and the dtypes of the inputs. Each block of the head's is written once,
+    from all shares of the rows."""
+    (job, state, _), *others = shares
     if job.classes is not None:
+        assert not others
         return _gradients_by_rows(job, state, needs, inputs)
     of_rows = needs._replace(weight=False, bias=False, lora_b=False)
     of_head = needs._replace(hidden=False, low=False)
-    sums = new_gradients(job.student, of_rows)
+    sums = [new_gradients(share.job.student, of_rows) for share in shares]
     new = torch.empty_like if job.live is None else torch.zeros_like
     whole = [
         new(tensor) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, of_head, strict=True)
     ]
-    for grad, side, first_column in job.backend.Stream(job).gradients(state):
+    columns = _columns([share.job for share in shares])
+    streams = [s.job.backend.Stream(s.job).gradients(s.state, columns) for s in shares]
+    for found in zip(*streams, strict=True):
+        _, side, first = found[0]
         own = new_gradients(side, of_head)
-        both = own._replace(hidden=sums.hidden, low=sums.low)
-        job.backend.accumulate(grad, side, both, add_weight=False)
-        columns = slice(first_column, first_column + side.head.vocab_size)
-        for target, block in zip(whole, own, strict=True):
-            if target is not None and block is not None:
-                target[columns] = block
-        del own, both, block  # before the next block's are made
-    return tuple(
-        total.to(tensor.dtype) if total is not None and tensor is not None else target
-        for total, target, tensor in zip(sums, whole, inputs, strict=True)
-    )
+        for i, (grad, part, _) in enumerate(found):
+            both = own._replace(hidden=sums[i].hidden, low=sums[i].low)
+            job.backend.accumulate(grad, part, both, add_weight=i > 0)
+        block = slice(first, first + side.head.vocab_size)
+        for target, gradient in zip(whole, own, strict=True):
+            if target is not None and gradient is not None:
+                target[block] = gradient
+        del own, both, gradient  # before the next block's are made
+    rows = _of_all_rows(shares, sums, inputs)
+    return tuple(a if a is not None else b for a, b in zip(rows, whole, strict=True))
+
+
+def _columns(jobs: list[Job]) -> list[Chunk]:
+    """Blocks of columns that all jobs take; where tiles may be left out, of whole tiles, and those
+    that any job has a live one in."""
+    vocabulary, block = jobs[0].student.head.vocab_size, min(job.block for job in jobs)
+    lives = [job.live for job in jobs if job.live is not None]
+    if not lives:
+        return chunks(0, vocabulary, block)
+    width = max(live.columns for live in lives)  # a multiple of each
+    alive = torch.zeros(-(-vocabulary // width), dtype=torch.bool, device=lives[0].tiles.device)
+    for live in lives:
+        own = live.tiles.any(0).nonzero()[:, 0]
+        alive[own * live.columns // width] = True
+    whole = max(1, block // width) * width
+    found = runs_of(alive.tolist(), width, vocabulary)
+    return [part for run in found for part in chunks(*run, whole)]
+
+
+def _of_all_rows(
+    shares: list[Share], sums: list[Gradients], inputs: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The hidden states' and the LoRA's low ones."""
+    found: list[Tensor | None] = []
+    for i, tensor in enumerate(inputs):
+        whole: Tensor | None = None
+        for share, own in zip(shares, sums, strict=True):
+            gradient = own[i]
+            if gradient is None or tensor is None:
+                continue
+            if share.rows is None:
+                whole = gradient.to(tensor.dtype)
+            else:
+                whole = torch.zeros_like(tensor) if whole is None else whole
+                whole.index_copy_(0, share.rows, gradient.to(tensor.dtype))
+        found.append(whole)
+    return found
 
 
 def _gradients_by_rows(

@@ -278,9 +278,9 @@ class Sweep:
         first, last = columns or (0, self.setting.vocabulary)
         for a, b, measure in runs(self.task.spans, start, stop):
             local = slice(a - start, b - start)
-            student, teacher = self.student[local, first:last], None
+            other = None  # of the teacher's vocabulary, which has columns of its own with classes
             if self.teacher is not None and (measure is not None or self.verbalized is None):
-                teacher = self.teacher[local, slice(first, last) if columns else slice(None)]
+                other = self.teacher[local, slice(first, last) if columns else slice(None)]
             read = measure is not None or self.task.teacher_log_prob
             wanted = Steps(
                 statistics=statistics,
@@ -289,7 +289,7 @@ class Sweep:
                 sums=sums,
                 gradient=gradient,
             )
-            tile = Tile(student, teacher, a, first, measure)
+            tile = Tile(self.student[local, first:last], other, a, first, measure)
             if self.verbalized is None or measure is None:
                 self.backend.steps(self.setting, self.state, tile, wanted)
             else:

@@ -29,7 +29,7 @@ from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.recompute import Job
-from dudi_kernels.skipping import Blocks, Masses, bounds, runs_of
+from dudi_kernels.skipping import Blocks, Masses, bounds
 from dudi_kernels.sweep import Chunk, Side, chunks
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, log_probs
 
@@ -181,30 +181,22 @@ class Stream:
         )
         return Blocks(divergence, weight, mass, height, width)
 
-    def gradients(self, state: RowState) -> Iterator[tuple[Tensor, Side, int]]:
-        """The gradient of the logits by blocks of columns, the student's side, the first column;
-        columns without a live tile are left out."""
+    def gradients(
+        self, state: RowState, columns: list[Chunk]
+    ) -> Iterator[tuple[Tensor, Side, int]]:
+        """The gradient of the logits by these blocks, the student's side, the first column."""
         job, hidden = self.job, self.job.student.hidden
         live = None if job.live is None else job.live.tiles
-        blocks, rows = self._live_columns(), len(hidden)
+        rows = len(hidden)
         dtype = gradient_dtype(hidden.device, hidden.dtype)
-        size = rows * max((b - a for a, b in blocks), default=0)
+        size = rows * max((b - a for a, b in columns), default=0)
         buffer = torch.empty(size, dtype=dtype, device=hidden.device)
-        for start, stop in blocks:
+        for start, stop in columns:
             out = buffer[: rows * (stop - start)].view(rows, stop - start)
             if rows:
                 launch = self._launcher(state, (start, stop), (0, rows))
                 launch.gradient(job.measure, out, live)
             yield out, job.student.part(start, stop), start
-
-    def _live_columns(self) -> list[Chunk]:
-        """Blocks of at most job.block columns; where tiles may be skipped, of whole tiles."""
-        live, vocabulary, block = self.job.live, self.setting.vocabulary, self.job.block
-        if live is None:
-            return chunks(0, vocabulary, block)
-        whole = max(1, block // live.columns) * live.columns
-        runs = runs_of(live.tiles.any(0).tolist(), live.columns, vocabulary)
-        return [part for run in runs for part in chunks(*run, whole)]
 
 
 def _masses(
