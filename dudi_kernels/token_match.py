@@ -7,13 +7,39 @@ All three are compared as bytes, so that half a character of one vocabulary meet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
+from dudi_kernels import sparse
+from dudi_kernels.sparse import Columns
 from dudi_kernels.token_bytes import Vocabulary, plain_encoder
 
 BATCH = 8192  # texts at once: their encodings take a few MB
 NONE = -1
+
+
+def by_text(
+    teacher: Vocabulary,
+    student: Vocabulary,
+    student_tokenizer: Any,
+    sizes: tuple[int, int],
+    specials: Mapping[int, int],
+) -> Columns:
+    """The map, of heads of those sizes; tokenizers that are the same keep their ids."""
+    if teacher.hash == student.hash:
+        found = list(range(min(sizes)))
+    else:
+        found = first_tokens(teacher, student, student_tokenizer)
+    for i, student_id in specials.items():
+        for side, own, size in (("teacher", i, len(found)), ("student", student_id, sizes[1])):
+            if not 0 <= own < size:
+                raise ValueError(f"specials must have {side} ids in [0, {size}), got {own}")
+        found[i] = student_id
+    ids = torch.tensor(found)
+    rows = (ids >= 0).nonzero()[:, 0]
+    return sparse.by_columns(rows, ids[rows], torch.ones(len(rows)), sizes[1])
 
 
 def first_tokens(teacher: Vocabulary, student: Vocabulary, student_tokenizer: Any) -> list[int]:

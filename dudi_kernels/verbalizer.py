@@ -3,7 +3,7 @@
 Two maps onto K shared classes: the teacher's, a sparse M (U, K) with P = p M, and the student's, a
 partition of its vocabulary, Q_k = sum of q_v with c(v) = k. M is stored by class: the teacher
 tokens of class k and their weights lie at indptr[k]:indptr[k + 1]. Constructors make the maps from
-ids, from the texts of two tokenizers (`token_match`), or from words (`words`).
+ids, from the texts of two tokenizers (`token_match`), or from words (`lexicon`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from dudi_kernels import sparse, token_match, words
+from dudi_kernels import lexicon, sparse, token_match, words
 from dudi_kernels.classes import Classes
+from dudi_kernels.coverage import Coverage, coverage
 from dudi_kernels.scalars import SHARES, integer, number
 from dudi_kernels.sparse import Columns
 from dudi_kernels.token_bytes import Vocabulary, read, tokenizer_hash
@@ -43,15 +44,6 @@ _KEYS = itertools.count(1)
 VERBALIZERS: WeakValueDictionary[int, Verbalizer] = WeakValueDictionary()  # by their key
 
 
-class Coverage(NamedTuple):
-    """How much of what a teacher says has a place in the student."""
-
-    mass: float  # share of the teacher's mass that lands on a class
-    teacher_tokens: float  # share of teacher tokens of which any mass does
-    student_tokens: float  # share of student tokens that are in a class
-    by_script: dict[str, float]  # mass, over the teacher tokens of each script
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Verbalizer:
     """Sparse maps of a teacher's and a student's vocabulary onto K shared classes.
@@ -60,9 +52,10 @@ class Verbalizer:
 
         P = p @ M                                          # (N, U) @ (U, K)
         Q = zeros(N, K).index_add(1, student_class, q)     # over the student tokens with a class
-        if unmatched == "bucket":                          # one class more, of all that is left
+        if unmatched == "bucket" and (student_class < 0).any():
+            # one class more, of all that is left
             P = cat([P, 1 - P.sum(1)], 1); Q = cat([Q, 1 - Q.sum(1)], 1)
-        else:                                              # "renormalize"
+        else:                                              # "renormalize", or nothing to face it
             P = P / P.sum(1); Q = Q / Q.sum(1)
 
     A class needs tokens of both sides. One without student tokens or without teacher mass is none:
@@ -92,7 +85,7 @@ class Verbalizer:
     indptr: Tensor  # (K + 1,)
     teacher_ids: Tensor  # (nnz,)
     weights: Tensor  # (nnz,)
-    student_class: Tensor = None  # type: ignore[assignment]  # (V,); always there once made
+    student_class: Tensor = None  # type: ignore[assignment]  # (V,), there once it is made
     unmatched: Unmatched = "bucket"
     teacher_hash: str | None = None
     student_hash: str | None = None
@@ -308,7 +301,8 @@ class Verbalizer:
         pairs = dict(specials or {})
 
         def build() -> Verbalizer:
-            return _by_text(teacher, student, student_tokenizer, sizes, unmatched, pairs)
+            found = token_match.by_text(teacher, student, student_tokenizer, sizes, pairs)
+            return _of_tokens(found, sizes, unmatched, teacher, student)
 
         if cache_dir is None:
             return build()
@@ -342,32 +336,19 @@ class Verbalizer:
             pairs: (pivot word, target word); a word may have several translations.
             share: what is moved, in (0, 1]; several translations share it evenly.
             base: the map to start from, whose classes are student tokens; by default that of
-                `from_tokenizers`.
+                `from_tokenizers` (for padded heads, give one of their sizes).
             unmatched: of the default base; a base that is given has its own.
 
         Raises:
             ValueError: no pivot word is a single token of the teacher.
         """
         share = number("share", share, SHARES[0], 1)
-        given = [tuple(words.check_words(f"pairs[{i}]", pair)) for i, pair in enumerate(pairs)]
-        for i, pair in enumerate(given):
-            if len(pair) != 2:
-                raise ValueError(f"pairs must be of two words, got {len(pair)} at {i}")
-        sides = _Sides(teacher_tokenizer, student_tokenizer, base, unmatched)
-        teacher, student = sides.readers([p for p, _ in given], [t for _, t in given])
-        moves = {
-            (pivot.id, target.id)
-            for pair in given
-            for spelling, translated in words.paired_forms(*pair)
-            if (pivot := teacher.first(spelling)) is not None and pivot.whole
-            if (target := student.first(translated)) is not None
-        }
-        if not moves:
-            raise ValueError(
-                f"pairs must have pivot words that are one token of the teacher, none of "
-                f"{len(given)} is"
-            )
-        return _with_moves(sides.base, sorted(moves), share)
+        checked = lexicon.check_pairs(pairs)
+        sides = lexicon.Sides(teacher_tokenizer, student_tokenizer)
+        base = _base(base, sides, unmatched)
+        sizes = base.teacher_size, base.student_size
+        columns = lexicon.moved(base.columns, sides.moves(checked), share, *sizes)
+        return base._replaced(columns, torch.arange(base.student_size, device=base.device))
 
     @classmethod
     def from_concepts(
@@ -389,7 +370,7 @@ class Verbalizer:
         Args:
             groups: the words of each concept.
             base: the map of all other tokens, whose classes are student tokens; by default that of
-                `from_tokenizers`.
+                `from_tokenizers` (for padded heads, give one of their sizes).
             clash: for a token that begins words of two concepts: "error", or "first" leaves it to
                 the concept that is named first.
 
@@ -403,9 +384,10 @@ class Verbalizer:
             f"groups[{i}]": words.check_words(f"groups[{i}]", group)
             for i, group in enumerate(groups)
         }
-        sides = _Sides(teacher_tokenizer, student_tokenizer, base, unmatched)
+        sides = lexicon.Sides(teacher_tokenizer, student_tokenizer)
         teacher, student = sides.claims(named, first_wins=clash == "first")
-        return _with_concepts(sides.base, teacher, student)
+        base = _base(base, sides, unmatched)
+        return base._replaced(*lexicon.merged(base.columns, teacher, student, base.student_size))
 
     @classmethod
     def from_label_words(
@@ -428,24 +410,22 @@ class Verbalizer:
         named = {
             label: words.check_words(f"labels[{label!r}]", given) for label, given in labels.items()
         }
-        sides = _Sides(teacher_tokenizer, student_tokenizer, None, unmatched)
+        sides = lexicon.Sides(teacher_tokenizer, student_tokenizer)
         sizes = _head_sizes(sides.teacher, sides.student, teacher_size, student_size)
-        teacher, student = sides.claims(named, first_wins=False)
-        number_of = {label: i for i, label in enumerate(named)}
-        for side, claimed in (("teacher", teacher), ("student", student)):
-            if absent := [label for label in named if label not in claimed.values()]:
-                raise ValueError(
-                    f"labels[{absent[0]!r}] must have a word that begins with a token of the "
-                    f"{side}, none does"
-                )
-        partition = torch.full((sizes[1],), -1)
-        partition[list(student)] = torch.tensor([number_of[label] for label in student.values()])
-        classes = [number_of[label] for label in teacher.values()]
-        columns = sparse.from_lists(
-            list(teacher), classes, torch.ones(len(classes)), sizes[0], len(named)
-        )
+        claims = sides.claims(named, first_wins=False)
+        columns, classes = lexicon.labelled(list(named), *claims, sizes[1])
         hashes = sides.teacher.hash, sides.student.hash
-        return cls(*sizes, len(named), *columns, partition, unmatched, *hashes)
+        return cls(*sizes, len(named), *columns, classes, unmatched, *hashes)
+
+    def _replaced(self, columns: Columns, student_class: Tensor) -> Verbalizer:
+        """The same vocabularies with another map."""
+        return replace(
+            self,
+            indptr=columns.indptr,
+            teacher_ids=columns.ids,
+            weights=columns.weights,
+            student_class=student_class,
+        )
 
     def compose(self, other: Verbalizer) -> Verbalizer:
         """First this map, then `other`: teacher -> student of this one -> student of the other.
@@ -486,17 +466,7 @@ class Verbalizer:
             tokens: their texts (`token_bytes`), for shares by script: that of the first letter;
                 "special", "bytes" (half a character) and "other" (no letters) beside.
         """
-        frequency = _frequency(frequency, self)
-        landed = self.mapped.double().cpu() * frequency
-        by_script: dict[str, float] = {}
-        if tokens is not None:
-            by_script = _by_script(landed, frequency, tokens)
-        return Coverage(
-            mass=float(landed.sum() / frequency.sum()),
-            teacher_tokens=float((self.mapped > 0).double().mean()),
-            student_tokens=float(self.matched.double().mean()),
-            by_script=by_script,
-        )
+        return coverage(self.mapped, self.matched, frequency, tokens)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file under a temporary name, then renames it."""
@@ -553,53 +523,35 @@ class Verbalizer:
         return cls(**known, **tensors, unmatched=metadata["unmatched"])
 
 
-class _Sides:
-    """Both tokenizers, read once, and the map that words are put on."""
-
-    def __init__(
-        self, teacher: Any, student: Any, base: Verbalizer | None, unmatched: Unmatched
-    ) -> None:
-        self._tokenizers = teacher, student
-        self._given, self._unmatched = base, unmatched
-        self.teacher, self.student = read(teacher), read(student)
-
-    @cached_property
-    def base(self) -> Verbalizer:
-        """The map that was given, checked, or the one of the tokens' texts."""
-        if self._given is None:
-            sizes = len(self.teacher.bytes), len(self.student.bytes)
-            student = self._tokenizers[1]
-            return _by_text(self.teacher, self.student, student, sizes, self._unmatched, {})
-        _check_base(self._given, self.teacher, self.student)
-        return self._given
-
-    def readers(
-        self, teacher_words: Iterable[str], student_words: Iterable[str]
-    ) -> tuple[words.WordReader, words.WordReader]:
-        return (
-            words.WordReader(self._tokenizers[0], self.teacher, teacher_words),
-            words.WordReader(self._tokenizers[1], self.student, student_words),
-        )
-
-    def claims(
-        self, named: Mapping[str, list[str]], first_wins: bool
-    ) -> tuple[dict[int, str], dict[int, str]]:
-        """Whose words each teacher token and each student token begins."""
-        if not named:
-            raise ValueError("there must be at least one list of words, got none")
-        every = [word for group in named.values() for word in group]
-        teacher, student = self.readers(every, every)
-        return (
-            words.claims("teacher", teacher, named, first_wins),
-            words.claims("student", student, named, first_wins),
-        )
+def _of_tokens(
+    columns: Columns,
+    sizes: tuple[int, int],
+    unmatched: Unmatched,
+    teacher: Vocabulary,
+    student: Vocabulary,
+) -> Verbalizer:
+    """Onto the student's tokens."""
+    return Verbalizer(
+        *sizes,
+        sizes[1],
+        *columns,
+        unmatched=unmatched,
+        teacher_hash=teacher.hash,
+        student_hash=student.hash,
+    )
 
 
-def _check_base(base: Verbalizer, teacher: Vocabulary, student: Vocabulary) -> None:
-    if not isinstance(base, Verbalizer):
-        raise TypeError(f"base must be a Verbalizer or None, got {type(base).__name__}")
+def _base(given: Verbalizer | None, sides: lexicon.Sides, unmatched: Unmatched) -> Verbalizer:
+    """The map that was given, checked, or the one of the tokens' texts."""
+    teacher, student = sides.teacher, sides.student
+    if given is None:
+        sizes = len(teacher.bytes), len(student.bytes)
+        found = token_match.by_text(teacher, student, sides.student_tokenizer, sizes, {})
+        return _of_tokens(found, sizes, unmatched, teacher, student)
+    if not isinstance(given, Verbalizer):
+        raise TypeError(f"base must be a Verbalizer or None, got {type(given).__name__}")
     for side, vocabulary in (("teacher", teacher), ("student", student)):
-        size, saved = getattr(base, f"{side}_size"), getattr(base, f"{side}_hash")
+        size, saved = getattr(given, f"{side}_size"), getattr(given, f"{side}_hash")
         if size < len(vocabulary.bytes):
             raise ValueError(
                 f"base must have a {side}_size of at least {len(vocabulary.bytes)} as "
@@ -607,57 +559,9 @@ def _check_base(base: Verbalizer, teacher: Vocabulary, student: Vocabulary) -> N
             )
         if saved not in (None, vocabulary.hash):
             raise ValueError(f"base must be a map for {side}_tokenizer, it was made for another")
-    if not base.one_token_each:
+    if not given.one_token_each:
         raise ValueError("base must have one student token for each class, some have several")
-
-
-def _with_moves(base: Verbalizer, moves: list[tuple[int, int]], share: float) -> Verbalizer:
-    """A share of teacher tokens' mass goes to student tokens, evenly."""
-    givers, takers = torch.tensor(moves).T.to(base.device)
-    counts = torch.bincount(givers, minlength=base.teacher_size)
-    left = torch.where(counts > 0, 1 - share, 1.0).double()
-    made = Verbalizer.from_coo(
-        torch.cat([base.teacher_ids, givers]),
-        torch.cat([base.entry_class, takers]),
-        torch.cat([base.weights * left[base.teacher_ids], share / counts[givers].double()]),
-        teacher_size=base.teacher_size,
-        student_size=base.student_size,
-        unmatched=base.unmatched,
-    )
-    return replace(made, teacher_hash=base.teacher_hash, student_hash=base.student_hash)
-
-
-def _with_concepts(
-    base: Verbalizer, teacher: Mapping[int, str], student: Mapping[int, str]
-) -> Verbalizer:
-    """Tokens of one concept, by name, share a class; all others are as in `base`."""
-    shared = set(teacher.values()) & set(student.values())
-    if not shared:
-        raise ValueError("groups must have a concept with tokens on both sides, got none")
-    class_of: dict[str, int] = {}
-    for i in sorted(student):
-        class_of.setdefault(student[i], i)
-    partition = torch.arange(base.student_size, device=base.device)
-    for i, concept in student.items():
-        if concept in shared:
-            partition[i] = class_of[concept]
-    own = {i: class_of[concept] for i, concept in teacher.items() if concept in shared}
-    ids = torch.tensor(list(own), device=base.device)
-    classes = torch.tensor(list(own.values()), device=base.device)
-    other = ~torch.isin(base.teacher_ids, ids)
-    columns = sparse.by_columns(
-        torch.cat([base.teacher_ids[other], ids]),
-        torch.cat([partition[base.entry_class[other]], classes]),
-        torch.cat([base.weights[other], torch.ones(len(ids), device=base.device)]),
-        base.num_classes,
-    )
-    return replace(
-        base,
-        indptr=columns.indptr,
-        teacher_ids=columns.ids,
-        weights=columns.weights,
-        student_class=partition,
-    )
+    return given
 
 
 def _own_classes(verbalizer: Verbalizer) -> Tensor:
@@ -681,36 +585,6 @@ def _head_sizes(
         known = len(vocabulary.bytes)
         sizes.append(known if size is None else integer(f"{name}_size", size, known))
     return sizes[0], sizes[1]
-
-
-def _by_text(
-    teacher: Vocabulary,
-    student: Vocabulary,
-    student_tokenizer: Any,
-    sizes: tuple[int, int],
-    unmatched: Unmatched,
-    specials: Mapping[int, int],
-) -> Verbalizer:
-    if teacher.hash == student.hash:
-        found = list(range(min(sizes)))
-    else:
-        found = token_match.first_tokens(teacher, student, student_tokenizer)
-    for i, student_id in specials.items():
-        for side, own, size in (("teacher", i, len(found)), ("student", student_id, sizes[1])):
-            if not 0 <= own < size:
-                raise ValueError(f"specials must have {side} ids in [0, {size}), got {own}")
-        found[i] = student_id
-    ids = torch.tensor(found)
-    rows = (ids >= 0).nonzero()[:, 0]
-    made = Verbalizer.from_coo(
-        rows,
-        ids[rows],
-        torch.ones(len(rows)),
-        teacher_size=sizes[0],
-        student_size=sizes[1],
-        unmatched=unmatched,
-    )
-    return replace(made, teacher_hash=teacher.hash, student_hash=student.hash)
 
 
 def _cached(folder: Path, key: tuple[Any, ...], build: Callable[[], Verbalizer]) -> Verbalizer:
@@ -757,30 +631,3 @@ def _check_composes(first: Verbalizer, other: Verbalizer) -> None:
         )
     if first.student_hash and other.teacher_hash not in (None, first.student_hash):
         raise ValueError("other must start from the first's student tokenizer, got another one")
-
-
-def _frequency(given: Tensor | None, verbalizer: Verbalizer) -> Tensor:  # (U,) float64
-    if given is None:
-        return torch.ones(verbalizer.teacher_size, dtype=torch.float64)
-    frequency = torch.as_tensor(given).detach().double().cpu()
-    if tuple(frequency.shape) != (verbalizer.teacher_size,):
-        got = tuple(frequency.shape)
-        raise ValueError(f"frequency must have shape ({verbalizer.teacher_size},), got {got}")
-    if not bool(((frequency >= 0) & (frequency < torch.inf)).all()) or not bool(frequency.any()):
-        raise ValueError("frequency must be finite, not negative, and not 0 throughout")
-    return frequency
-
-
-def _by_script(
-    landed: Tensor, frequency: Tensor, tokens: Sequence[bytes | str | None]
-) -> dict[str, float]:
-    if len(tokens) > len(frequency):
-        raise ValueError(f"tokens must be at most {len(frequency)}, got {len(tokens)}")
-    scripts = [words.script_of_token(token) for token in tokens]
-    names = sorted(set(scripts))
-    index = torch.tensor([names.index(script) for script in scripts], dtype=torch.long)
-    mass, total = (
-        torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, values[: len(index)])
-        for values in (landed, frequency)
-    )
-    return {name: float(m / t) for name, m, t in zip(names, mass, total, strict=True) if t > 0}

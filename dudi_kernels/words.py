@@ -97,9 +97,9 @@ def paired_forms(pivot: str, target: str) -> list[tuple[str, str]]:
 
 
 def script(text: str) -> str:
-    """The script of the first letter (LATIN, THAI, ...), or "other" if there is none."""
+    """The script of the first letter or mark (LATIN, THAI, ...), or "other" if there is none."""
     for character in text:
-        if character.isalpha():
+        if unicodedata.category(character)[0] in "LM":
             return unicodedata.name(character, "other").split()[0].split("-")[0]
     return "other"
 

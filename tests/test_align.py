@@ -15,7 +15,7 @@ from dudi.demo_data import LANGUAGES
 from dudi_kernels import Aligner, Tokens, align_responses
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
-TOKENS = {}
+TOKENS: dict[str, Tokens] = {}
 
 
 def tokens(name: str) -> Tokens:
@@ -196,7 +196,7 @@ def test_bad_input_is_named():
     ):
         aligner([[0, -100]], [[0]])
     with pytest.raises(TypeError, match=r"teacher_ids\[0\] must be integers, got torch.float32"):
-        aligner([[0]], [[0.5]])
+        aligner([[0]], [[0.5]])  # type: ignore[list-item]
     with pytest.raises(
         ValueError, match=r"student_ids\[0\] must be one sequence of ids, got shape"
     ):

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 from vocabularies import BUILT, INSTALLED, every_language, ids
 
-from dudi_kernels.token_bytes import read, special_roles, token_bytes, tokenizer_hash
+from dudi_kernels.token_bytes import plain_encoder, read, special_roles, token_bytes, tokenizer_hash
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -30,6 +30,16 @@ def test_bytes_join_to_the_text(name):
     assert vocabulary.adds_space == (name in ("sentence_piece", "metaspace"))
     assert len(vocabulary.bytes) == 1 + max(tokenizer.get_vocab().values())
     assert vocabulary.hash == tokenizer_hash(tokenizer)
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("text", ["water", " water", "\nปลา 1"])
+def test_the_plain_encoder_adds_nothing(name, text):
+    tokenizer = BUILT[name]()
+    tokenizer("x y z", max_length=1, truncation=True)  # leaves that in its settings
+    found = plain_encoder(tokenizer).encode(text).ids
+    table = token_bytes(tokenizer)
+    assert b"".join(table[i] or b"" for i in found) == text.encode()
 
 
 TRAINED = vocabularies.trained_byte_level()
