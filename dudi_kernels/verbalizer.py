@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +89,6 @@ class Verbalizer:
     unmatched: Unmatched = "bucket"
     teacher_hash: str | None = None
     student_hash: str | None = None
-    key: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -107,8 +106,13 @@ class Verbalizer:
 
     def _register(self) -> None:
         """A number for torch.compile: what is traced names the map, whose tables are made once."""
-        object.__setattr__(self, "key", next(_KEYS))
+        self.__dict__["_key"] = next(_KEYS)
         VERBALIZERS[self.key] = self
+
+    @property
+    def key(self) -> int:
+        """Its number among the verbalizers of this process."""
+        return self.__dict__["_key"]
 
     def _check_tensors(self) -> None:
         entries = len(self.teacher_ids) if isinstance(self.teacher_ids, Tensor) else 0
