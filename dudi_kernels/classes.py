@@ -45,7 +45,7 @@ class Shared(NamedTuple):
 class Classes(NamedTuple):
     """What a sweep needs of a verbalizer, on its device."""
 
-    count: int  # K
+    size: int  # K
     teacher: tuple[Group, ...]
     student: tuple[Group, ...]
     student_class: Tensor  # (V,) int64, 0 for a token without one
@@ -58,29 +58,29 @@ class Classes(NamedTuple):
     def sizes(self, teacher_size: int) -> ClassSizes:
         """What a plan must know of them."""
         entries = max(sum(g.members.numel() for g in side) for side in (self.teacher, self.student))
-        return ClassSizes(teacher_size, self.count, GATHERED * entries)
+        return ClassSizes(teacher_size, self.size, GATHERED * entries)
 
     @classmethod
     def of(cls, verbalizer: Verbalizer) -> Classes:
         """Raises: ValueError where the two sides have no class in common."""
-        ids, classes, weights, student, count, masked = _live(verbalizer)
+        ids, classes, weights, student, size, masked = _live(verbalizer)
         excluded = (student < 0).nonzero()[:, 0]
         own = (student >= 0).nonzero()[:, 0]
-        sizes = torch.bincount(student[own], minlength=count)
+        sizes = torch.bincount(student[own], minlength=size)
         shared = own[sizes[student[own]] > 1]
         places = torch.full_like(student, ALONE).index_fill(0, excluded, NOWHERE)
         places[shared] = torch.arange(len(shared), device=places.device)
         ones = torch.ones(len(own), dtype=weights.dtype, device=weights.device)
         return cls(
-            count=count,
-            teacher=_groups(ids, classes, weights, count),
-            student=_groups(own, student[own], ones, count),
+            size=size,
+            teacher=_groups(ids, classes, weights, size),
+            student=_groups(own, student[own], ones, size),
             student_class=student.clamp(min=0),
             shared=Shared(shared, student[shared]),
             excluded=excluded,
             places=places,
             masked=masked,
-            prefix=_is_prefix(ids, classes, weights, student, count),
+            prefix=_is_prefix(ids, classes, weights, student, size),
         )
 
 
@@ -91,7 +91,7 @@ class _Live(NamedTuple):
     classes: Tensor
     weights: Tensor  # float64
     student: Tensor  # (V,) -1: none
-    count: int
+    size: int
     masked: bool
 
 
@@ -121,10 +121,10 @@ def _with_bucket(live: _Live, teacher_size: int) -> _Live:
     tokens = (rest > LEAST).nonzero()[:, 0]
     return _Live(
         ids=torch.cat([live.ids, tokens]),
-        classes=torch.cat([live.classes, torch.full_like(tokens, live.count)]),
+        classes=torch.cat([live.classes, torch.full_like(tokens, live.size)]),
         weights=torch.cat([live.weights, rest[tokens]]),
-        student=live.student.masked_fill(live.student < 0, live.count),
-        count=live.count + 1,
+        student=live.student.masked_fill(live.student < 0, live.size),
+        size=live.size + 1,
         masked=not len(tokens),
     )
 

@@ -231,9 +231,7 @@ def _class_sizes(
     return None if classes.prefix else classes.sizes(verbalizer.teacher_size)
 
 
-def _over_classes(
-    call: _Call, settings: dict[str, Any], budget: int, per_row: bool
-) -> MemoryPlan:
+def _over_classes(call: _Call, settings: dict[str, Any], budget: int, per_row: bool) -> MemoryPlan:
     """Both strategies take whole rows of logits there: *recompute* sweeps two times."""
     assert call.classes is not None
     plan = plan_retain(call.vocab_size, budget=budget, classes=call.classes, **settings)

@@ -19,8 +19,6 @@ TEMPORARIES = 16  # tiles alive at once in the element-wise part, at the most
 MAX_CHUNK = 384  # rows; more gained nothing, and 1024 were 3 to 9 % slower on a CPU
 BLOCK = 4096  # columns of a vocabulary block, at the most
 FP32 = 4
-HALF_BALANCE = 150  # FLOPs in the time of a byte, of GPUs since A100: 153 to 295
-FP32_BALANCE = 10  # without tensor cores: 10 to 20
 LOGIT_BYTES = 15  # that passes over one side's logits in memory move
 
 
@@ -121,17 +119,22 @@ def _tile_bytes(budget: int, cached: bool) -> int:
 
 
 def prefers_recompute(
-    rows: int, vocab_size: int, widths: tuple[int, ...], item_size: int, chunk_rows: int
+    rows: int,
+    vocab_size: int,
+    widths: tuple[int, ...],
+    item_size: int,
+    chunk_rows: int,
+    balance: float,
 ) -> bool:
     """Whether projecting twice in fused kernels costs less than what *retain* moves.
 
     *retain* reads the heads and adds to the student's gradient for every chunk, and passes over
-    logits in memory; *recompute* pays with the FLOPs of one more projection of each side.
+    logits in memory; *recompute* pays with the FLOPs of one more projection of each side, of which
+    a device has `balance` in the time of a byte.
     """
     chunks = -(-rows // max(chunk_rows, 1))
     head = vocab_size * (sum(widths) * item_size + widths[0] * (item_size + 2 * FP32))
     moved = chunks * head + rows * vocab_size * LOGIT_BYTES * len(widths)
-    balance = HALF_BALANCE if item_size < FP32 else FP32_BALANCE
     return moved * balance > 2 * rows * vocab_size * sum(widths)
 
 

@@ -186,7 +186,8 @@ def streams_at(
     if not backend.fuses(device) or any(measure.adaptive for measure in measures):
         return False
     chunk_rows = even(rows, plan.chunk_rows)
-    return prefers_recompute(rows, vocab_size, widths, dtype.itemsize, chunk_rows)
+    balance = backend.balance(device, dtype)
+    return prefers_recompute(rows, vocab_size, widths, dtype.itemsize, chunk_rows, balance)
 
 
 def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:

@@ -34,13 +34,13 @@ class Verbalized:
         plain = setting._replace(targets=None, inv_tau=1.0, teacher_inv_tau=1.0)
         plain = plain._replace(softcap=None, scale=1.0)
         self.teacher_setting = plain._replace(vocabulary=teacher_size)
-        self.class_setting = plain._replace(vocabulary=classes.count, masked=self.masked)
+        self.class_setting = plain._replace(vocabulary=classes.size, masked=self.masked)
         self.class_state = RowState.fresh(state.weight)
         if state.mixture is not None:
             self.class_state.mixture = torch.zeros_like(state.mixture)
         self.teacher_state = RowState.fresh(state.weight)
         device = state.weight.device
-        self.student = torch.empty(rows, classes.count, device=device)
+        self.student = torch.empty(rows, classes.size, device=device)
         self.teacher = torch.empty_like(self.student)
         self.shares = torch.empty(rows, len(classes.shared.tokens), device=device)
         self.pulled = torch.empty(rows, setting.vocabulary, device=device)

@@ -1,4 +1,4 @@
-"""What holds for all tests: workers (pytest -n) share the cores, and so do the processes of tests."""
+"""Workers (pytest -n) share the cores, and so do the processes that tests start."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from dudi_kernels.tiles import (
 __all__ = [
     "Stream",
     "accumulate",
+    "balance",
     "class_logits",
     "fuses",
     "needs_temporaries",
@@ -55,6 +56,11 @@ def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> b
 def fuses(device: torch.device) -> bool:
     """Whether projections are made in the kernels, so that *recompute* stores no logits."""
     return False
+
+
+def balance(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs of a projection in a kernel that take as long as a byte: there is none."""
+    return 0.0
 
 
 def stream_bytes(

@@ -19,6 +19,7 @@ from dudi_kernels.aot import bound, machine_code, roofline
 from dudi_kernels.aot.targets import GPUS, ROWS, SHAPES
 from dudi_kernels.backends.triton import launch
 from dudi_kernels.backends.triton.launch import Blocks
+from dudi_kernels.plan import DEFAULT_BUDGET, plan_retain, prefers_recompute
 
 QWEN = "Qwen2.5 0.5B from 3B"
 LEAST = {"sm_80": 0.60, "sm_90": 0.70}  # of the tensor cores' use by `statistics`, at the most
@@ -164,6 +165,19 @@ def test_costs_on_paper_are_consistent(target, shape):
         assert cost.milliseconds >= least * 1e3 * 0.999
     half = roofline.costs(gpu, shape, ROWS // 2)
     assert half["recompute"].flops == found["recompute"].flops / 2
+
+
+@pytest.mark.parametrize("rows", [512, 4096, 16_384])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_the_plan_takes_what_is_cheaper_on_paper(target, shape, rows):
+    gpu, (v, *widths) = GPUS[target], SHAPES[shape]
+    found = roofline.costs(gpu, SHAPES[shape], rows)
+    plan = plan_retain(v, tuple(widths), False, DEFAULT_BUDGET, cached=False, temporaries=False)
+    assert isinstance(gpu.arch, int)
+    balance = launch.flops_per_byte(launch.Target("cuda", gpu.arch, gpu.units), torch.bfloat16)
+    chosen = prefers_recompute(rows, v, tuple(widths), 2, plan.chunk_rows, balance)
+    assert chosen == (found["recompute"].milliseconds < found["retain"].milliseconds)
 
 
 def test_costs_on_paper_by_hand():

@@ -1,4 +1,4 @@
-"""Divergences over classes of tokens, against a dense float64 `P @ M`; all else stays the tokens'."""
+"""Divergences over classes of tokens, against a dense float64 `P @ M`."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_three_signals_match_float64(style, together, backend):
     student, teacher = sides(**style)
     targets = make_targets(ROWS, STUDENT)
     segments = torch.tensor([0] * 5 + [1] * 4 + [2] * 3 + [3] * 7)
-    settings = {"temperature": 1.3, "beta": BETA, "alpha": ALPHA, "preference_beta": 0.5}
+    settings: dict = {"temperature": 1.3, "beta": BETA, "alpha": ALPHA, "preference_beta": 0.5}
     want = student.double()
     got = linear_dudi_loss(
         student.hidden,

@@ -23,7 +23,14 @@ from dudi_kernels.backends.triton.kernels import (
     TEACHER_MASS,
     TEMPERED_MASS,
 )
-from dudi_kernels.backends.triton.launch import Launcher, Sides, Source, partial_bytes
+from dudi_kernels.backends.triton.launch import (
+    Launcher,
+    Sides,
+    Source,
+    flops_per_byte,
+    partial_bytes,
+    planned,
+)
 from dudi_kernels.backends.triton.maps import class_logits, pull, shares
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
@@ -36,6 +43,7 @@ from dudi_kernels.tiles import RowState, Setting, Steps, Tile, log_probs
 __all__ = [
     "Stream",
     "accumulate",
+    "balance",
     "class_logits",
     "fuses",
     "needs_temporaries",
@@ -62,6 +70,11 @@ def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> b
 def fuses(device: torch.device) -> bool:
     """Whether projections are made in the kernels, so that *recompute* stores no logits."""
     return True
+
+
+def balance(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs of a projection in a kernel that take as long as a byte of memory."""
+    return flops_per_byte(planned(device), dtype)
 
 
 def stream_bytes(

@@ -27,6 +27,9 @@ COMBINE_ROWS = 64
 WAVES = 8  # programs for each multiprocessor, where rows alone are too few
 INTERPRETED_UNITS = 1  # the interpreter's "multiprocessors": some splits at small shapes
 MAX_SPLITS = 1024
+HALF_BALANCE = 150  # FLOPs in the time of a byte, of GPUs since A100: 153 to 295
+L2_BALANCE = {8: 64, 9: 73}  # of A100 and H100, whose L2 feeds the tiles (aot/roofline.py)
+FP32_BALANCE = 10  # without tensor cores: 10 to 20
 
 
 class Blocks(NamedTuple):
@@ -152,10 +155,22 @@ def splits(row_blocks: int, tiles: int, count: int) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
+def planned(device: torch.device) -> Target:
+    """Of a device, or of one that a plan is made for."""
+    absent = device.type in GPUS and not torch.get_device_module(device).is_available()
+    return PLANNED if absent else target_of(device)
+
+
+def flops_per_byte(target: Target, dtype: torch.dtype) -> float:
+    """FLOPs of fused projections that take as long as a byte that *retain* moves."""
+    if dtype == torch.float32:
+        return FP32_BALANCE
+    return L2_BALANCE.get(target.capability // 10, HALF_BALANCE)
+
+
 def partial_bytes(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> int:
     """What the splits of `statistics` write where it projects, with the default blocks."""
-    absent = device.type in GPUS and not torch.get_device_module(device).is_available()
-    target = PLANNED if absent else target_of(device)
+    target = planned(device)
     blocks = fused_blocks(target, dtype, False)
     count, _ = splits(-(-rows // blocks.rows), -(-columns // blocks.columns), target.units)
     return kernels.STATISTICS_FIELDS * count * rows * 4

@@ -29,8 +29,16 @@ def make_class_logits(
     members,  # (count, width)
     log_weights,  # (count, width)
     out,  # (rows, classes)
-    logits_stride, out_stride, rows, count, width, inv_tau,
-    WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_stride,
+    out_stride,
+    rows,
+    count,
+    width,
+    inv_tau,
+    WEIGHTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """log sum_u exp(log M_uk + inv_tau logits_u) of classes, online over their members."""
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -70,8 +78,14 @@ def make_shares(
     tokens,  # (count,)
     classes,  # (count,)
     out,  # (rows, count)
-    logits_stride, class_stride, out_stride, rows, count, inv_tau,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_stride,
+    class_stride,
+    out_stride,
+    rows,
+    count,
+    inv_tau,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """exp(inv_tau logits_v - class_logits_k): what a token has of its class."""
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -92,8 +106,15 @@ def pull_gradient(
     student_class,  # (count,)
     places,  # (count,) in `shares`; or LONELY, or less where the token has no class
     out,  # (rows, count)
-    grad_stride, shares_stride, out_stride, rows, count, inv_tau,
-    LONELY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_stride,
+    shares_stride,
+    out_stride,
+    rows,
+    count,
+    inv_tau,
+    LONELY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The gradient of class logits in those of tokens."""
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
