@@ -18,7 +18,7 @@ from dudi_kernels.plan import ClassSizes
 if TYPE_CHECKING:
     from dudi_kernels.verbalizer import Verbalizer
 
-GATHERED = 3  # times as many elements as members alive at once, at the most
+GATHERED = 3  # times as many elements as a group's members alive at once, at the most
 ALONE, NOWHERE = -1, -2  # places of tokens that share no class, or have none
 LEAST = 1e-6  # of a token's mass: less is the rounding of weights that sum to 1
 
@@ -57,8 +57,8 @@ class Classes(NamedTuple):
 
     def sizes(self, teacher_size: int) -> ClassSizes:
         """What a plan must know of them."""
-        entries = max(sum(g.members.numel() for g in side) for side in (self.teacher, self.student))
-        return ClassSizes(teacher_size, self.size, GATHERED * entries)
+        largest = max(group.members.numel() for group in (*self.teacher, *self.student))
+        return ClassSizes(teacher_size, self.size, GATHERED * largest)
 
     @classmethod
     def of(cls, verbalizer: Verbalizer) -> Classes:

@@ -41,7 +41,7 @@ DTYPES = {
 HASHES = ("teacher_hash", "student_hash")
 
 _KEYS = itertools.count(1)
-VERBALIZERS: WeakValueDictionary[int, Verbalizer] = WeakValueDictionary()  # by their key
+VERBALIZERS: WeakValueDictionary[str, Verbalizer] = WeakValueDictionary()  # by their key
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,12 +106,12 @@ class Verbalizer:
 
     def _register(self) -> None:
         """A number for torch.compile: what is traced names the map, whose tables are made once."""
-        self.__dict__["_key"] = next(_KEYS)
+        self.__dict__["_key"] = f"verbalizer {next(_KEYS)}"  # dynamo would vary a number
         VERBALIZERS[self.key] = self
 
     @property
-    def key(self) -> int:
-        """Its number among the verbalizers of this process."""
+    def key(self) -> str:
+        """Its name among the verbalizers of this process."""
         return self.__dict__["_key"]
 
     def _check_tensors(self) -> None:

@@ -89,7 +89,7 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _recorded(gpu: Gpu) -> Iterator[list[Launch]]:
+def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     """Launches become compilations, as on that GPU."""
     if INTERPRETED:
         raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET to be unset")
@@ -170,7 +170,7 @@ def compile_all(
         return launch.Launcher(setting, state, sides, rows, columns)
 
     chained = measure is None or measure.chain is not None
-    with _recorded(gpu) as found:
+    with recorded(gpu) as found:
         whole = launcher(shape.vocabulary)
         masses = live = None
         if extra.skipping and fused:

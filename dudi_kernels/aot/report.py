@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dudi_kernels.aot import bound, compile, machine_code
+from dudi_kernels.aot import bound, class_maps, compile, machine_code
 from dudi_kernels.aot.machine_code import Instruction, Resources
 from dudi_kernels.aot.targets import GPUS, ROWS, SHAPES, Gpu
 
@@ -41,6 +41,19 @@ def reports(
                     found[key] |= _of(launch, gpu)
                 _add(found[key], launch, gpu, name)
         yield from found.values()
+
+
+def of_maps(target: str, shapes: Iterable[str]) -> Iterator[Report]:
+    """One for each kernel between tokens and classes."""
+    gpu, about = GPUS[target], {"target": target, "dtype": "fp32", "divergence": "any"}
+    found: dict[int, Report] = {}
+    for name in shapes:
+        for launch in class_maps.compile_maps(gpu, SHAPES[name]):
+            if (key := id(launch.compiled)) not in found:
+                found[key] = {**about, "variant": "classes", "projects": False}
+                found[key] |= _of(launch, gpu)
+            _add(found[key], launch, gpu, name)
+    yield from found.values()
 
 
 @functools.lru_cache(maxsize=64)

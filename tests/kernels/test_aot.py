@@ -70,6 +70,13 @@ def test_nor_where_a_launch_has_everything(tmp_path):
         assert len(report["loops"]) == 4  # a LoRA's too run on tensor cores
 
 
+def test_nor_the_maps_of_a_verbalizer(tmp_path):
+    found = compiled(tmp_path / "aot.json", "--target", "sm_90", "gfx942", "--variant", "classes")
+    kernels = {report["kernel"] for report in found}
+    assert kernels == {"make_class_logits", "make_shares", "pull_gradient"}
+    assert not any(report["wrong"] or report["spilled"] for report in found)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_projections_run_on_tensor_cores(reports, target):
     for kernel in ("statistics", "sums", "gradient"):

@@ -12,6 +12,7 @@ from cases import make_side, make_targets
 from torch.profiler import ProfilerActivity, profile
 
 from dudi_kernels import (
+    Verbalizer,
     linear_cross_entropy,
     linear_distill,
     linear_distill_loss,
@@ -262,6 +263,30 @@ def test_plan_memory_of_adaptive_kl(per_row):
     assert peak <= plan.peak * 1.1
     if native.library() is not None:
         assert peak >= plan.peak * 0.9
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
+@pytest.mark.parametrize("teacher_vocab", [20_000, 9_000])
+def test_plan_memory_with_a_verbalizer(teacher_vocab, per_row):
+    """Many to one, and a bucket; the budget holds."""
+    student, teacher = make_side(ROWS, VOCAB, WIDTH), make_side(ROWS, teacher_vocab, 40, seed=9)
+    verbalizer = Verbalizer.from_coo(
+        torch.arange(teacher_vocab),
+        torch.arange(teacher_vocab) % 7001,
+        torch.full((teacher_vocab,), 0.9),
+        teacher_size=teacher_vocab,
+        student_size=VOCAB,
+    )
+    assert verbalizer.classes.size == 7002
+    settings: dict[str, Any] = {"memory_budget": 12_000_000, "verbalizer": verbalizer}
+    wanted = plan_memory(ROWS, VOCAB, WIDTH, 40, per_row=per_row, divergence="jsd", **settings)
+    sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+    function = linear_distill if per_row else linear_distill_loss
+    found = measure(lambda: function(*sides, divergence="jsd", **settings)[0].sum().backward())
+    assert wanted.workspace <= 12_000_000
+    assert found.peak <= wanted.peak * 1.1 + SLACK
+    if native.library() is not None:  # else it is an upper bound
+        assert found.peak >= wanted.peak * 0.9 - SLACK
 
 
 def test_plan_memory_counts_the_gemms():

@@ -220,3 +220,185 @@ def test_three_signals_match_float64(style, together, backend):
     got.loss.backward()
     loss.backward()
     assert max(gradient_errors(student, want)) < RTOL[torch.float32]
+
+
+# ---- what must hold whatever the map is ----------------------------------------------------------
+
+
+def losses_and_gradients(student, teacher, **settings):
+    for tensor in student.inputs:
+        tensor.grad = None
+    got = linear_distill_loss(
+        student.hidden, student.head, teacher.hidden, teacher.head, memory_budget=SMALL, **settings
+    )
+    got.loss.backward()
+    return [got.loss, got.divergence, *(t.grad for t in student.inputs)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_identity_gives_the_same_bits(backend):
+    student, teacher = make_side(ROWS, STUDENT, WIDTH), make_side(ROWS, STUDENT, 24, seed=9)
+    settings = {"divergence": "jsd", "backend": backend}
+    plain = losses_and_gradients(student, teacher, **settings)
+    whole = losses_and_gradients(
+        student, teacher, verbalizer=Verbalizer.identity(STUDENT), **settings
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "total_variation"])
+@pytest.mark.parametrize("teacher_size", [STUDENT + 30, STUDENT - 30])
+def test_a_prefix_is_a_slice(teacher_size, divergence):
+    n = min(teacher_size, STUDENT)
+    student = make_side(ROWS, STUDENT, WIDTH)
+    teacher = make_side(ROWS, teacher_size, 24, seed=9)
+    verbalizer = Verbalizer.prefix(teacher_size, STUDENT)
+    got = losses_and_gradients(student, teacher, verbalizer=verbalizer, divergence=divergence)
+    cut, short = make_side(ROWS, STUDENT, WIDTH), make_side(ROWS, teacher_size, 24, seed=9)
+    weight = cut.weight
+    cut.weight, short.weight = weight[:n], short.weight[:n]
+    loss = linear_distill_loss(
+        cut.hidden, cut.head, short.hidden, short.head, divergence=divergence
+    ).loss
+    wanted = torch.autograd.grad(loss, (cut.hidden, weight))
+    assert error(got[0], loss) < VALUE_RTOL
+    assert max(error(a, b) for a, b in zip(got[2:], wanted, strict=True)) < RTOL[torch.float32]
+
+
+def test_classes_of_one_token_equal_no_classes():
+    """Of any numbering: nothing but the order of sums tells them apart."""
+    student, teacher = make_side(ROWS, STUDENT, WIDTH), make_side(ROWS, STUDENT, 24, seed=9)
+    plain = losses_and_gradients(student, teacher)
+    number = torch.randperm(STUDENT)
+    whole = Verbalizer(
+        teacher_size=STUDENT,
+        student_size=STUDENT,
+        num_classes=STUDENT,
+        indptr=torch.arange(STUDENT + 1),
+        teacher_ids=number.argsort(),
+        weights=torch.ones(STUDENT),
+        student_class=number,
+    )
+    found = losses_and_gradients(student, teacher, verbalizer=whole)
+    assert max(error(a, b) for a, b in zip(found, plain, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("unmatched", UNMATCHED)
+def test_permuted_vocabularies_give_permuted_gradients(unmatched):
+    teacher_map, student_map = maps()
+    student, teacher = sides()
+    plain = losses_and_gradients(
+        student, teacher, verbalizer=dense(teacher_map, student_map, unmatched)
+    )
+    of_teacher, of_student = torch.randperm(TEACHER), torch.randperm(STUDENT)
+    with torch.no_grad():
+        teacher.weight.copy_(teacher.weight[of_teacher])
+        student.weight.copy_(student.weight[of_student])
+    permuted = dense(teacher_map[of_teacher], student_map[of_student], unmatched)
+    *found, weight = losses_and_gradients(student, teacher, verbalizer=permuted)
+    assert max(error(a, b) for a, b in zip(found, plain, strict=False)) < 1e-5
+    assert error(weight, plain[-1][of_student]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twice_the_same_bits(backend):
+    verbalizer = dense(*maps())
+    runs = [losses_and_gradients(*sides(), verbalizer=verbalizer, backend=backend) for _ in "ab"]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_frozen_head_and_weights_of_zero():
+    student, teacher = sides()
+    student.weight.requires_grad_(False)
+    weight = torch.ones(ROWS)
+    weight[3] = 0
+    got = linear_distill_loss(
+        student.hidden, student.head, teacher.hidden, teacher.head,
+        token_weight=weight, verbalizer=dense(*maps()),
+    )  # fmt: skip
+    got.loss.backward()
+    assert student.weight.grad is None and not student.hidden.grad[3].any()
+    assert student.hidden.grad[4].any()
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows):
+    student, teacher = sides(rows=rows)
+    got = losses_and_gradients(student, teacher, verbalizer=dense(*maps()))
+    assert got[1].shape == (rows,) and all(t.isfinite().all() for t in got)
+
+
+@pytest.mark.parametrize("function", [linear_distill_loss, linear_distill])
+def test_under_compile(function):
+    verbalizer = dense(*maps())
+    student, teacher = sides()
+
+    def loss(hidden, weight):
+        got = function(
+            hidden, weight, teacher.hidden, teacher.head, divergence="jsd", verbalizer=verbalizer
+        )
+        return got[0].sum()
+
+    inputs = (student.hidden, student.weight)
+    plain = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+ONE_SIDED = Verbalizer.from_coo([0, 1], [0, 1], [1.0, 1.0], teacher_size=2, student_size=STUDENT)
+
+
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"verbalizer": "prefix"}, TypeError, "verbalizer must be a Verbalizer or None, got str"),
+        (
+            {"verbalizer": Verbalizer.identity(STUDENT)},
+            ValueError,
+            f"verbalizer must be for a teacher_head of {TEACHER} rows, got one for {STUDENT}",
+        ),
+        (
+            {"verbalizer": Verbalizer.prefix(TEACHER, STUDENT + 1)},
+            ValueError,
+            f"verbalizer must be for a student_head of {STUDENT} rows, got one for {STUDENT + 1}",
+        ),
+        (
+            {"verbalizer": dense(*maps()).to("meta")},
+            ValueError,
+            "verbalizer must be on cpu as student_hidden is",
+        ),
+        (
+            {"verbalizer": dense(*maps()), "gradient_tolerance": 0.1},
+            ValueError,
+            "gradient_tolerance must be 0 with a verbalizer, got 0.1",
+        ),
+        ({}, ValueError, "teacher_head must have the student's vocabulary"),
+    ],
+    ids=str,
+)
+def test_refused(change, kind, message):
+    student, teacher = sides()
+    with pytest.raises(kind, match=message):
+        linear_distill_loss(student.hidden, student.head, teacher.hidden, teacher.head, **change)
+
+
+def test_an_infinite_divergence_is_refused():
+    student, teacher = make_side(ROWS, STUDENT, WIDTH), make_side(ROWS, 2, 24, seed=9)
+    arguments = (student.hidden, student.head, teacher.hidden, teacher.head)
+    for divergence in ("reverse_kl", "jeffreys"):
+        with pytest.raises(ValueError, match=r"divergence is infinite .* unmatched='renormalize'"):
+            linear_distill_loss(*arguments, divergence=divergence, verbalizer=ONE_SIDED)
+    assert linear_distill_loss(*arguments, verbalizer=ONE_SIDED).loss.isfinite()
+
+
+def test_the_teacher_is_no_reference_in_another_vocabulary():
+    student, teacher = sides()
+    with pytest.raises(ValueError, match="reference_log_prob must not be 'teacher'"):
+        linear_dudi_loss(
+            student.hidden, student.head, teacher.hidden, teacher.head,
+            make_targets(ROWS, STUDENT), torch.arange(ROWS) // 10, preference_weight=1.0,
+            reference_log_prob="teacher", verbalizer=dense(*maps()),
+        )  # fmt: skip
