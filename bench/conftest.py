@@ -68,7 +68,7 @@ def dtype(device: str) -> torch.dtype:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash[RESULTS]
-    if found.cases or found.skipping:
+    if found.cases or found.tables:
         folder = Path(session.config.getoption("--results"))
         write_all(found, folder, device_of(session.config))
         if importlib.util.find_spec("matplotlib") is not None:

@@ -23,14 +23,16 @@ HEADINGS = ("task", "contender", "s", "time / floor", "workspace, MB", "gradient
 @dataclass
 class Results:
     """Cases by (shape, task, contender); why others are absent; sweeps by (axis, contender);
-    what a gradient_tolerance leaves out."""
+    tables of what has columns of its own."""
 
     cases: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     absent: dict[tuple[str, str, str], str] = field(default_factory=dict)
     sweeps: dict[tuple[str, str], list[dict[str, Any]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    skipping: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(  # by heading, of lines with the same columns
+        default_factory=lambda: defaultdict(list)
+    )
 
     def add(self, shape: str, task: str, contender: str, values: dict[str, Any]) -> None:
         self.cases.setdefault((shape, task, contender), {}).update(values)
@@ -221,19 +223,16 @@ def _cells(task: str, contender: str, case: dict[str, Any]) -> list[str]:
     ]
 
 
-def skipping_table(results: Results) -> str:
-    if not results.skipping:
-        return ""
-    names = list(results.skipping[0])
-    lines = [
-        "\n## gradient_tolerance\n",
-        "| " + " | ".join(names) + " |",
-        "|---" * len(names) + "|",
-    ]
-    for line in results.skipping:
-        cells = (format(v, ".2g") if isinstance(v, float) else str(v) for v in line.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def own_tables(results: Results) -> str:
+    text = ""
+    for heading, found in results.tables.items():
+        names = list(found[0])
+        lines = [f"\n## {heading}\n", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+        for line in found:
+            cells = (format(v, ".3g") if isinstance(v, float) else str(v) for v in line.values())
+            lines.append("| " + " | ".join(cells) + " |")
+        text += "\n".join(lines) + "\n"
+    return text
 
 
 def _spelt(value: float | None, form: str) -> str:
@@ -279,10 +278,10 @@ def write_all(results: Results, folder: Path, device: str) -> None:
             {"axis": axis, "contender": contender, "points": points}
             for (axis, contender), points in results.sweeps.items()
         ],
-        "skipping": results.skipping,
+        "tables": results.tables,
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / "table.md").write_text(
-        table(results) + target_table(results) + skipping_table(results), encoding="utf-8"
+        table(results) + target_table(results) + own_tables(results), encoding="utf-8"
     )
     (folder / "readme.md").write_text(readme(results, place), encoding="utf-8")

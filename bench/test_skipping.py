@@ -50,7 +50,7 @@ def test_skipping(
         share = float(got.skipped)
         with mock.patch.object(skipping, "GAP", 0):
             alone = float(_step(x, divergence, tolerance)[0].skipped)
-        results.skipping.append(
+        results.tables["gradient_tolerance"].append(
             {
                 "divergence": divergence,
                 "rows": rows,

