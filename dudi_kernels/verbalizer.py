@@ -21,12 +21,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from dudi_kernels import lexicon, sparse, token_match, words
 from dudi_kernels.classes import Classes
-from dudi_kernels.coverage import Coverage, coverage
 from dudi_kernels.scalars import SHARES, integer, number
-from dudi_kernels.sparse import Columns
-from dudi_kernels.token_bytes import Vocabulary, read, tokenizer_hash
+from dudi_kernels.vocabulary import lexicon, sparse, token_match, words
+from dudi_kernels.vocabulary.coverage import Coverage, coverage
+from dudi_kernels.vocabulary.sparse import Columns
+from dudi_kernels.vocabulary.token_bytes import Vocabulary, read, tokenizer_hash
 
 Unmatched = Literal["bucket", "renormalize"]
 UNMATCHED = ("bucket", "renormalize")

@@ -10,7 +10,13 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 from vocabularies import BUILT, INSTALLED, every_language, ids
 
-from dudi_kernels.token_bytes import plain_encoder, read, special_roles, token_bytes, tokenizer_hash
+from dudi_kernels.vocabulary.token_bytes import (
+    plain_encoder,
+    read,
+    special_roles,
+    token_bytes,
+    tokenizer_hash,
+)
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from vocabularies import BUILT, INSTALLED, byte_level, ids
 
-from dudi_kernels import Verbalizer, token_match
-from dudi_kernels.token_bytes import plain_encoder, token_bytes
+from dudi_kernels import Verbalizer
+from dudi_kernels.vocabulary import token_match
+from dudi_kernels.vocabulary.token_bytes import plain_encoder, token_bytes
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 SIZES = st.integers(1, 6)

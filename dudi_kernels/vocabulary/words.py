@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dudi_kernels.token_bytes import Vocabulary, plain_encoder
+from dudi_kernels.vocabulary.token_bytes import Vocabulary, plain_encoder
 
 # Scripts without spaces between words, by the first part of their characters' names.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "KHMER", "LAO", "MYANMAR", "THAI", "TIBETAN", "BOPOMOFO")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dudi_kernels import sparse
-from dudi_kernels.sparse import Columns
-from dudi_kernels.token_bytes import Vocabulary, plain_encoder
+from dudi_kernels.vocabulary import sparse
+from dudi_kernels.vocabulary.sparse import Columns
+from dudi_kernels.vocabulary.token_bytes import Vocabulary, plain_encoder
 
 BATCH = 8192  # texts at once: their encodings take a few MB
 NONE = -1

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dudi_kernels import sparse, words
-from dudi_kernels.sparse import Columns
-from dudi_kernels.token_bytes import read
+from dudi_kernels.vocabulary import sparse, words
+from dudi_kernels.vocabulary.sparse import Columns
+from dudi_kernels.vocabulary.token_bytes import read
 
 Claims = Mapping[int, str]  # token id -> whose words it begins
 Move = tuple[int, int]  # teacher id, student id

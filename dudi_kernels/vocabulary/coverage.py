@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dudi_kernels.words import script_of_token
+from dudi_kernels.vocabulary.words import script_of_token
 
 Texts = Sequence[bytes | str | None]
 
