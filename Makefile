@@ -26,6 +26,7 @@ help:  ## list the targets
 install: $(STAMP)  ## build .venv from constraints.txt
 
 COMPILED := dudi_kernels/divergences.py $(wildcard dudi_kernels/backends/native/*.cpp) \
+  $(wildcard dudi_kernels/backends/native/*.h) \
   $(wildcard dudi_kernels/backends/native/*.py)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(COMPILED)

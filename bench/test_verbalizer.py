@@ -35,7 +35,7 @@ def test_verbalizer(
         verbalizer = _verbalizer().to(device)
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-    rows = 256
+    rows = 128
     x = make(Shape("tekken", rows, STUDENT, D, E), dtype, device)
     larger = make(Shape("qwen", rows, TEACHER, 1, E), dtype, device)
     teachers: dict[str, tuple[Tensor, Tensor, Verbalizer | None]] = {

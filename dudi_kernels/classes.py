@@ -55,10 +55,10 @@ class Classes(NamedTuple):
     masked: bool  # whether the teacher gives a class no mass: the bucket
     prefix: bool  # whether the student's tokens are the teacher's first, each a class
 
-    def sizes(self, teacher_size: int) -> ClassSizes:
-        """What a plan must know of them."""
+    def sizes(self, teacher_size: int, temporaries: bool) -> ClassSizes:
+        """What a plan must know of them; whether gathering takes temporaries."""
         largest = max(group.members.numel() for group in (*self.teacher, *self.student))
-        return ClassSizes(teacher_size, self.size, GATHERED * largest)
+        return ClassSizes(teacher_size, self.size, GATHERED * largest * temporaries)
 
     @classmethod
     def of(cls, verbalizer: Verbalizer) -> Classes:

@@ -84,7 +84,7 @@ def plan_memory(
     module = pick_backend(backend, place)
     settings = layout(place, widths, {dtype}, [measure], module)
     convert, packing = settings["convert"], settings["packing"]
-    sizes = _class_sizes(verbalizer, vocab_size, teacher_width)
+    sizes = _class_sizes(verbalizer, vocab_size, teacher_width, settings["temporaries"])
     call = _Call(
         rows,
         vocab_size,
@@ -215,7 +215,7 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
 
 
 def _class_sizes(
-    verbalizer: Verbalizer | None, vocab_size: int, teacher_width: int | None
+    verbalizer: Verbalizer | None, vocab_size: int, teacher_width: int | None, temporaries: bool
 ) -> ClassSizes | None:
     """None where the divergence is over the vocabulary."""
     if verbalizer is None:
@@ -228,7 +228,7 @@ def _class_sizes(
             f"verbalizer must be for a vocabulary of {vocab_size}, got {verbalizer.student_size}"
         )
     classes = verbalizer.classes
-    return None if classes.prefix else classes.sizes(verbalizer.teacher_size)
+    return None if classes.prefix else classes.sizes(verbalizer.teacher_size, temporaries)
 
 
 def _over_classes(call: _Call, settings: dict[str, Any], budget: int, per_row: bool) -> MemoryPlan:

@@ -130,7 +130,7 @@ def make_plan(
     layout = _layout(sides, measures, backend)
     layout["temporaries"] |= skips
     if classes is not None and teacher is not None:
-        layout["classes"] = classes.sizes(teacher.head.vocab_size)
+        layout["classes"] = classes.sizes(teacher.head.vocab_size, layout["temporaries"])
     return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
 
 

@@ -6,13 +6,16 @@ temporaries stay in cache; tiles.py tells what they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from dudi_kernels.adaptive import mix
-from dudi_kernels.backends import native
+from dudi_kernels.backends import maps, native
 from dudi_kernels.backends.gemms import accumulate, packing, project
-from dudi_kernels.backends.maps import class_logits, pull, shares
+from dudi_kernels.classes import Classes, Group, Shared
 from dudi_kernels.divergences import FLOOR, Measure
 from dudi_kernels.plan import FP32
 from dudi_kernels.recompute import Stream
@@ -43,6 +46,35 @@ __all__ = [
     "steps",
     "stream_bytes",
 ]
+
+# ---- maps between tokens and classes -------------------------------------------------------------
+
+
+def _maps(device: torch.device) -> ModuleType:
+    """Compiled, where the steps are."""
+    if not native.takes(device, []):
+        return maps
+    import dudi_kernels.backends.native.maps as compiled
+
+    return compiled
+
+
+def class_logits(groups: Sequence[Group], logits: Tensor, inv_tau: float, out: Tensor) -> None:
+    """log sum_u M_uk exp(inv_tau logits_u) of each class, (R, U) -> (R, K)."""
+    _maps(logits.device).class_logits(groups, logits, inv_tau, out)
+
+
+def shares(
+    shared: Shared, logits: Tensor, inv_tau: float, class_logits: Tensor, out: Tensor
+) -> None:
+    """exp(inv_tau logits_v - class_logits_k): what a token has of its class, (R, V) -> (R, n)."""
+    _maps(logits.device).shares(shared, logits, inv_tau, class_logits, out)
+
+
+def pull(classes: Classes, grad: Tensor, shares: Tensor, inv_tau: float, out: Tensor) -> None:
+    """The gradient of the class logits in those of the tokens, (R, K) -> (R, V)."""
+    _maps(grad.device).pull(classes, grad, shares, inv_tau, out)
+
 
 # ---- element-wise steps --------------------------------------------------------------------------
 

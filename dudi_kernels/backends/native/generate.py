@@ -16,7 +16,7 @@ ARGUMENTS = ("p", "lp", "q", "lq", "x", "y", "z", "a", "b")
 HERE = Path(__file__).parent
 SOURCES = (  # what a library is made from
     HERE.parents[1] / "divergences.py",
-    *(HERE / name for name in ("rows.cpp", "gemm.cpp", "generate.py")),
+    *(HERE / name for name in ("rows.cpp", "maps.h", "gemm.cpp", "generate.py")),
 )
 
 

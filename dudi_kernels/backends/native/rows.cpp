@@ -86,6 +86,12 @@ INLINE float floored(float x) { return x < FLOOR ? FLOOR : x; }
 
 #include "divergences.h"
 
+}  // namespace
+
+#include "maps.h"
+
+namespace {
+
 struct None {  // no divergence: log-probabilities and entropy alone
   static constexpr bool taught = false;
   static constexpr int helpers = 0, chain = 1;
