@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
-from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
+from dudi_kernels.plan import NO_ROW, Plan, plan_block, plan_retain, prefers_recompute
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
 from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even, runs
@@ -115,19 +115,100 @@ def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleTy
     return layout(sides[0].hidden.device, widths, dtypes, measures, backend)
 
 
+class Problem(NamedTuple):
+    """What plans are made from."""
+
+    device: torch.device
+    rows: int
+    vocab_size: int
+    widths: tuple[int, ...]  # of the student's head, and the teacher's
+    dtype: torch.dtype  # of the student's hidden states
+    measures: Sequence[Measure | None]
+    both: dict[str, Any]  # `layout` of the sides
+    alone: dict[str, Any]  # of the student
+    backend: ModuleType
+    budget: int
+
+    @classmethod
+    def of(
+        cls, sides: list[Side], measures: list[Measure | None], backend: ModuleType, budget: int
+    ) -> Problem:
+        hidden = sides[0].hidden
+        return cls(
+            hidden.device,
+            len(hidden),
+            sides[0].head.vocab_size,
+            tuple(side.head.width for side in sides),
+            hidden.dtype,
+            measures,
+            _layout(sides, measures, backend),
+            _layout(sides[:1], measures, backend),
+            backend,
+            budget,
+        )
+
+    @property
+    def adaptive(self) -> bool:
+        return any(measure is not None and measure.adaptive for measure in self.measures)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether kernels project in *recompute*, and no divergence needs whole rows."""
+        return self.backend.fuses(self.device) and not self.adaptive
+
+    def retain(self, skips: bool = False) -> Plan:
+        """Of a scalar loss; NO_ROW where only *recompute* fits the budget.
+
+        `skips`: tiles of the gradient may be left out; their masses take temporaries.
+        """
+        settings = self.both | {"temporaries": self.both["temporaries"] or skips}
+        try:
+            return plan_retain(self.vocab_size, budget=self.budget, **settings)
+        except ValueError:
+            if not self.fuses:
+                raise
+        self.recompute()
+        return NO_ROW
+
+    def recompute(self) -> tuple[int, int]:
+        """Columns of a block, and rows of a tile; kernels take the teacher's side as it is."""
+        device, rows, vocab_size = self.device, self.rows, self.vocab_size
+        cell, _ = self.backend.stream_bytes(device, self.dtype, rows, vocab_size, len(self.widths))
+        return plan_block(
+            rows,
+            budget=self.budget,
+            cell=cell,
+            whole_rows=vocab_size if self.adaptive else 0,
+            **(self.alone if self.fuses else self.both),
+        )
+
+    def streams(self, plan: Plan) -> bool:
+        """Whether *recompute* serves a scalar loss: chosen by cost, of what the budget holds."""
+        if not self.fuses or plan == NO_ROW:
+            return self.fuses
+        chunk_rows = even(self.rows, plan.chunk_rows)
+        if not prefers_recompute(
+            self.rows, self.vocab_size, self.widths, self.dtype.itemsize, chunk_rows
+        ):
+            return False
+        try:
+            self.recompute()
+        except ValueError:
+            return False
+        return True
+
+
 def make_plan(
     student: Side,
     teacher: Side | None,
     measures: list[Measure | None],
     backend: ModuleType,
     memory_budget: int,
-    skips: bool = False,  # tiles of the gradient: their masses take temporaries
+    skips: bool = False,
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    layout = _layout(sides, measures, backend)
-    layout["temporaries"] |= skips
-    return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
+    return Problem.of(sides, measures, backend, memory_budget).retain(skips)
 
 
 def scalar(
@@ -139,7 +220,7 @@ def scalar(
 ) -> tuple[Tensor, RowValues, Skipped]:
     """The loss of a task, tied to the student's inputs, the per-row values, and what was left out:
     by *retain*, or by *recompute* where kernels make it cheaper."""
-    if not streams(task, backend):
+    if not streams(task, backend, memory_budget):
         sweep = Sweep(task, backend)
         return *retain(rows, sweep, combine), sweep.tally.result()
     tally = Tally(task.weight.device)
@@ -151,36 +232,11 @@ def scalar(
     return loss, RowValues(*values), tally.result()
 
 
-def streams(task: Task, backend: ModuleType) -> bool:
-    """Whether *recompute* serves a scalar loss: chosen by cost."""
-    student = task.student
-    return streams_at(
-        student.hidden.device,
-        len(student.hidden),
-        student.head.vocab_size,
-        tuple(side.head.width for side in (student, task.teacher) if side is not None),
-        student.hidden.dtype,
-        [span.measure for span in task.spans],
-        task.plan,
-        backend,
-    )
-
-
-def streams_at(
-    device: torch.device,
-    rows: int,
-    vocab_size: int,
-    widths: tuple[int, ...],
-    dtype: torch.dtype,  # of the student's hidden states
-    measures: list[Measure],
-    plan: Plan,
-    backend: ModuleType,
-) -> bool:
-    """The same from shapes alone."""
-    if not backend.fuses(device) or any(measure.adaptive for measure in measures):
-        return False
-    chunk_rows = even(rows, plan.chunk_rows)
-    return prefers_recompute(rows, vocab_size, widths, dtype.itemsize, chunk_rows)
+def streams(task: Task, backend: ModuleType, memory_budget: int) -> bool:
+    """Whether *recompute* serves a scalar loss."""
+    sides = [side for side in (task.student, task.teacher) if side is not None]
+    measures: list[Measure | None] = [span.measure for span in task.spans]
+    return Problem.of(sides, measures, backend, memory_budget).streams(task.plan)
 
 
 def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
@@ -251,17 +307,8 @@ def make_job(
 ) -> Job:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    layout = _layout(sides, [measure], backend)
-    hidden, vocab_size = student.hidden, student.head.vocab_size
-    cell, _ = backend.stream_bytes(hidden.device, hidden.dtype, len(hidden), vocab_size, len(sides))
-    by_rows = measure is not None and measure.adaptive
-    block, tile_rows = plan_block(
-        len(hidden),
-        budget=memory_budget,
-        cell=cell,
-        whole_rows=vocab_size if by_rows else 0,
-        **layout,
-    )
+    problem = Problem.of(sides, [measure], backend, memory_budget)
+    block, tile_rows = problem.recompute()
     return Job(
         student=student,
         teacher=teacher,
@@ -272,9 +319,7 @@ def make_job(
         teacher_inv_tau=1 / temperatures[1],
         block=block,
         tile_rows=tile_rows,
-        row_plan=(
-            make_plan(student, teacher, [measure], backend, memory_budget) if by_rows else None
-        ),
+        row_plan=(problem.retain() if problem.adaptive else None),
         backend=backend,
     )
 
