@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,10 +16,9 @@ from dudi_kernels.plan import (
     ClassSizes,
     Packing,
     class_row_bytes,
-    plan_block,
-    plan_retain,
+    copied_rows,
 )
-from dudi_kernels.prepare import layout, pick_backend, streams_at
+from dudi_kernels.prepare import Problem, layout, pick_backend
 from dudi_kernels.sweep import even
 from dudi_kernels.verbalizer import Verbalizer
 
@@ -82,46 +81,52 @@ def plan_memory(
     measure = checks.divergence("divergence", divergence, 0.5, 0.5)
     place = _device(device)
     module = pick_backend(backend, place)
-    settings = layout(place, widths, {dtype}, [measure], module)
-    convert, packing = settings["convert"], settings["packing"]
-    sizes = _class_sizes(verbalizer, vocab_size, teacher_width, settings["temporaries"])
+    taught = [] if teacher_width is None else [measure]
+    both, alone = (layout(place, own, {dtype}, [measure], module) for own in (widths, widths[:1]))
+    sizes = _class_sizes(verbalizer, vocab_size, teacher_width, both["temporaries"])
+    problem = Problem(
+        place, rows, vocab_size, widths, dtype, taught, both, alone, module, memory_budget, sizes
+    )
     call = _Call(
         rows,
         vocab_size,
         widths,
         dtype.itemsize,
-        convert,
-        packing,
+        both["convert"],
+        both["packing"],
         train_hidden,
         train_weight,
         sizes,
     )
     if sizes is not None:
-        return _over_classes(call, settings, memory_budget, per_row)
+        return _over_classes(call, problem, per_row)
     if not per_row:
-        plan = plan_retain(vocab_size, budget=memory_budget, **settings)
-        taught = [] if teacher_width is None else [measure]
-        per_row = streams_at(place, rows, vocab_size, widths, dtype, taught, plan, module)
+        plan = problem.retain()
+        per_row = problem.streams(plan)
     if per_row:
-        by_rows = teacher_width is not None and measure.adaptive
-        cell, partials = module.stream_bytes(place, dtype, rows, vocab_size, len(widths))
-        block, tile_rows = plan_block(
-            rows,
-            budget=memory_budget,
-            cell=cell,
-            whole_rows=vocab_size if by_rows else 0,
-            **settings,
-        )
-        once = teacher_width is None or measure.chain is not None or measure.adaptive
-        stream = _Stream(block, tile_rows * settings["temporaries"], cell, partials, not once)
-        by_block = _recompute(call, stream, module.fuses(place))
-        if not by_rows:
-            return by_block
-        by_row = _without_gradients(call, settings, memory_budget)
-        return by_block._replace(
-            workspace=max(by_block.workspace, by_row), peak=max(by_block.peak, by_row)
-        )
-    return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * settings["temporaries"])
+        return _by_block(call, problem, once=not taught or measure.chain is not None)
+    return _retain(call, even(rows, plan.chunk_rows), plan.tile_rows * both["temporaries"])
+
+
+def _by_block(call: _Call, problem: Problem, once: bool) -> MemoryPlan:
+    """Of *recompute*, whose forward pass goes over the vocabulary `once`, or over rows."""
+    block, tile_rows = problem.recompute()
+    device, sides, temporaries = problem.device, len(call.widths), problem.both["temporaries"]
+    cell, partials = problem.backend.stream_bytes(
+        device, problem.dtype, call.rows, call.vocab_size, sides
+    )
+    once = once or problem.by_rows
+    stream = _Stream(block, tile_rows * temporaries, cell, partials, not once)
+    by_block = _recompute(call, stream, problem.backend.fuses(device))
+    if not problem.by_rows:
+        return by_block
+    plan = problem.retain()
+    quiet = call._replace(train_hidden=False, train_weight=False)
+    chunk_rows = even(call.rows, plan.chunk_rows)
+    by_row = _retain(quiet, chunk_rows, plan.tile_rows * temporaries).workspace
+    return by_block._replace(
+        workspace=max(by_block.workspace, by_row), peak=max(by_block.peak, by_row)
+    )
 
 
 def _device(value: torch.device | str) -> torch.device:
@@ -177,11 +182,21 @@ class _Call(NamedTuple):
     def logit_bytes(self) -> int:
         return self.rows * self.vocab_size * FP32
 
-    def converted(self, rows: int, columns: int) -> int:
-        """One block of a head in fp32, or what GEMMs pack instead."""
+    def projecting(self, rows: int, columns: int) -> int:
+        """A block of a head and rows in fp32, or what GEMMs pack instead."""
         if self.packing is not None:
             return self.packing(rows, columns)
-        return min(BLOCK, columns) * max(self.widths) * FP32 if self.convert else 0
+        copied = min(BLOCK, columns) + copied_rows(rows, columns)
+        return copied * max(self.widths) * FP32 * self.convert
+
+    def accumulating(self, rows: int, columns: int) -> int:
+        """The same of the backward pass, of the student's side."""
+        if self.packing is not None:
+            return self.packing(rows, columns)
+        head = min(BLOCK, columns) * self.train_hidden
+        some = copied_rows(rows, columns) * self.train_weight
+        copied = head + some if copied_rows(rows, columns) == rows else max(head, some)
+        return copied * self.widths[0] * FP32 * self.convert
 
     @property
     def hidden_gradient(self) -> int:
@@ -199,7 +214,7 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
     student_head = call.vocab_size * call.widths[0] * call.item_size
     operands = call.head_bytes + student_head * call.train_hidden + 2 * sums
     workspace = chunk * call.logit_row + tile_rows * TEMPORARIES * max(call.vocabularies) * FP32
-    workspace += call.converted(chunk, call.vocab_size)
+    workspace += call.projecting(chunk, call.vocab_size)
     gradients = call.hidden_gradient + sums
     rounded = call.weight_elements * call.item_size if call.item_size != FP32 else 0
     return MemoryPlan(
@@ -231,11 +246,11 @@ def _class_sizes(
     return None if classes.prefix else classes.sizes(verbalizer.teacher_size, temporaries)
 
 
-def _over_classes(call: _Call, settings: dict[str, Any], budget: int, per_row: bool) -> MemoryPlan:
+def _over_classes(call: _Call, problem: Problem, per_row: bool) -> MemoryPlan:
     """Both strategies take whole rows of logits there: *recompute* sweeps two times."""
     assert call.classes is not None
-    plan = plan_retain(call.vocab_size, budget=budget, classes=call.classes, **settings)
-    temporaries = plan.tile_rows * settings["temporaries"]
+    plan = problem.retain()
+    temporaries = plan.tile_rows * problem.both["temporaries"]
     found = _retain(call, even(call.rows, plan.chunk_rows), temporaries)
     own = plan.tile_rows * class_row_bytes(call.vocab_size, call.classes)
     found = found._replace(workspace=found.workspace + own, peak=found.peak + own)
@@ -246,14 +261,6 @@ def _over_classes(call: _Call, settings: dict[str, Any], budget: int, per_row: b
         flops=found.flops + call.projection_flops,
         bytes_moved=found.bytes_moved + call.head_bytes,
     )
-
-
-def _without_gradients(call: _Call, settings: dict[str, Any], budget: int) -> int:
-    """Workspace of a *retain* sweep that makes values alone."""
-    plan = plan_retain(call.vocab_size, budget=budget, **settings)
-    quiet = call._replace(train_hidden=False, train_weight=False)
-    tile_rows = plan.tile_rows * settings["temporaries"]
-    return _retain(quiet, even(call.rows, plan.chunk_rows), tile_rows).workspace
 
 
 class _Stream(NamedTuple):
@@ -269,8 +276,9 @@ def _recompute(call: _Call, stream: _Stream, fused: bool) -> MemoryPlan:
     block = min(stream.block, call.vocab_size)
     passes = 1 + stream.twice + trains
     workspace = (stream.cell * call.rows + stream.tile_rows * TEMPORARIES * FP32) * block
-    workspace += block * call.widths[0] * FP32 * call.train_weight
-    workspace += call.converted(call.rows, block)
+    backward = block * call.widths[0] * FP32 * call.train_weight
+    backward += call.accumulating(call.rows, block)
+    workspace += backward if fused else max(backward, call.projecting(call.rows, block))
     if fused:  # the forward pass has no blocks, and no logits go through memory
         workspace = max(workspace * trains, stream.partials)
         logits = 3 * trains * call.rows * call.vocab_size * stream.cell

@@ -2,9 +2,9 @@
 
 The workspace of *retain* is the logits of a chunk for each side and one block of the head converted
 where it is not fp32, or what GEMMs pack instead; that of *recompute* is a (N, block) buffer for
-each side, or for the gradient alone where kernels project. Where the steps are not compiled, the
-temporaries of a tile of a few rows come on top.
-Gradients, results and O(N) vectors are not workspace.
+each side, or for the gradient alone where kernels project, and what GEMMs convert. Where the steps
+are not compiled, the temporaries of a tile of a few rows come on top. Gradients, results and O(N)
+vectors are not workspace.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ TILE_SHARE = 32  # part of the budget that one is elsewhere: an accelerator want
 TEMPORARIES = 16  # tiles alive at once in the element-wise part, at the most
 MAX_CHUNK = 384  # rows; more gained nothing, and 1024 were 3 to 9 % slower on a CPU
 BLOCK = 4096  # columns of a vocabulary block, at the most
+WHOLE_COLUMNS = (128, 16)  # of a block: whole tiles, or at least whole 16-byte loads
+FEW_ROWS = 256  # of hidden states, are converted at once however narrow a block is
 FP32 = 4
 LOGIT_BYTES = 15  # that passes over one side's logits in memory move
 
@@ -39,6 +41,9 @@ class Plan(NamedTuple):
     chunk_rows: int  # of chunks that may be cut anywhere
     tile_rows: int
     most_rows: int  # that the budget holds, where a chunk may not be cut
+
+
+NO_ROW = Plan(1, 1, 0)  # where the budget doesn't hold one, and *recompute* does without
 
 
 def plan_retain(
@@ -138,9 +143,21 @@ def prefers_recompute(
     return moved * balance > 2 * rows * vocab_size * sum(widths)
 
 
+def copied_rows(rows: int, columns: int) -> int:
+    """Rows of hidden states that are converted at once, so that the copy of many rows is no larger
+    than that of a block of the head."""
+    return min(rows, max(min(BLOCK, columns), FEW_ROWS))
+
+
+def _whole(columns: int) -> int:
+    """Kernels and GEMMs are slower at an odd stride: the buffer's is its number of columns."""
+    step = next((step for step in WHOLE_COLUMNS if step <= columns), 1)
+    return columns // step * step
+
+
 def plan_block(
     rows: int,
-    widths: tuple[int, ...],
+    widths: tuple[int, ...],  # of the sides that GEMMs outside of kernels take
     convert: bool,
     budget: int,
     *,
@@ -158,7 +175,7 @@ def plan_block(
         ValueError: the budget does not hold one column (or whole row); says the least that works.
     """
     rows = max(rows, 1)
-    fixed = rows * sum(widths) * FP32 if convert else 0
+    fixed = min(rows, FEW_ROWS) * max(widths) * FP32 if convert else 0
     column = cell * rows + (3 if convert else 1) * max(widths) * FP32
     if temporaries:
         column += TEMPORARIES * FP32  # a tile of one row
@@ -173,5 +190,6 @@ def plan_block(
     block = max(1, min(BLOCK, beside // column))
     if packing is not None:
         block = min(BLOCK, max(beside - packing(rows, block), beside // 2, column) // column)
+    block = _whole(block)
     most = 1 + (left - block * column) // (TEMPORARIES * block * FP32)
     return block, max(1, min(rows, tile_bytes // (block * FP32), most))

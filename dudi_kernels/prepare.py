@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dudi_kernels.checks import Rows
 from dudi_kernels.classes import Classes
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
-from dudi_kernels.plan import Plan, plan_block, plan_retain, prefers_recompute
+from dudi_kernels.plan import NO_ROW, ClassSizes, Plan, plan_block, plan_retain, prefers_recompute
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
 from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even, runs
@@ -116,22 +116,122 @@ def _layout(sides: list[Side], measures: list[Measure | None], backend: ModuleTy
     return layout(sides[0].hidden.device, widths, dtypes, measures, backend)
 
 
+class Problem(NamedTuple):
+    """What plans are made from."""
+
+    device: torch.device
+    rows: int
+    vocab_size: int
+    widths: tuple[int, ...]  # of the student's head, and the teacher's
+    dtype: torch.dtype  # of the student's hidden states
+    measures: Sequence[Measure | None]
+    both: dict[str, Any]  # `layout` of the sides
+    alone: dict[str, Any]  # of the student
+    backend: ModuleType
+    budget: int
+    classes: ClassSizes | None = None  # that the divergences are over
+
+    @classmethod
+    def of(
+        cls,
+        sides: list[Side],
+        measures: list[Measure | None],
+        backend: ModuleType,
+        budget: int,
+        classes: Classes | None = None,
+    ) -> Problem:
+        hidden, both = sides[0].hidden, _layout(sides, measures, backend)
+        sizes = None
+        if classes is not None and len(sides) > 1:
+            sizes = classes.sizes(sides[1].head.vocab_size, both["temporaries"])
+        return cls(
+            hidden.device,
+            len(hidden),
+            sides[0].head.vocab_size,
+            tuple(side.head.width for side in sides),
+            hidden.dtype,
+            measures,
+            both,
+            _layout(sides[:1], measures, backend),
+            backend,
+            budget,
+            sizes,
+        )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a divergence needs whole rows of logits."""
+        adaptive = any(measure is not None and measure.adaptive for measure in self.measures)
+        return adaptive or self.classes is not None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether kernels project in *recompute*."""
+        return self.backend.fuses(self.device) and not self.by_rows
+
+    def retain(self, skips: bool = False) -> Plan:
+        """Of a scalar loss; NO_ROW where only *recompute* fits the budget.
+
+        `skips`: tiles of the gradient may be left out; their masses take temporaries.
+        """
+        settings = self.both | {"temporaries": self.both["temporaries"] or skips}
+        try:
+            return plan_retain(
+                self.vocab_size, budget=self.budget, classes=self.classes, **settings
+            )
+        except ValueError:
+            if not self.fuses:
+                raise
+        self.recompute()
+        return NO_ROW
+
+    def recompute(self) -> tuple[int, int]:
+        """Columns of a block, and rows of a tile; kernels take the teacher's side as it is."""
+        if self.classes is not None:  # whole rows, in both passes
+            return self.vocab_size, self.retain().tile_rows
+        device, rows, vocab_size = self.device, self.rows, self.vocab_size
+        cell, _ = self.backend.stream_bytes(device, self.dtype, rows, vocab_size, len(self.widths))
+        return plan_block(
+            rows,
+            budget=self.budget,
+            cell=cell,
+            whole_rows=vocab_size if self.by_rows else 0,
+            **(self.alone if self.fuses else self.both),
+        )
+
+    def streams(self, plan: Plan) -> bool:
+        """Whether *recompute* serves a scalar loss: chosen by cost, of what the budget holds."""
+        if not self.fuses or plan == NO_ROW:
+            return self.fuses
+        chunk_rows = even(self.rows, plan.chunk_rows)
+        if not prefers_recompute(
+            self.rows,
+            self.vocab_size,
+            self.widths,
+            self.dtype.itemsize,
+            chunk_rows,
+            self.backend.balance(self.device, self.dtype),
+        ):
+            return False
+        try:
+            self.recompute()
+        except ValueError:
+            return False
+        return True
+
+
 def make_plan(
     student: Side,
     teacher: Side | None,
     measures: list[Measure | None],
     backend: ModuleType,
     memory_budget: int,
-    skips: bool = False,  # tiles of the gradient: their masses take temporaries
+    skips: bool = False,
     classes: Classes | None = None,
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    layout = _layout(sides, measures, backend)
-    layout["temporaries"] |= skips
-    if classes is not None and teacher is not None:
-        layout["classes"] = classes.sizes(teacher.head.vocab_size, layout["temporaries"])
-    return plan_retain(student.head.vocab_size, budget=memory_budget, **layout)
+    return Problem.of(sides, measures, backend, memory_budget, classes).retain(skips)
 
 
 def scalar(
@@ -143,51 +243,24 @@ def scalar(
 ) -> tuple[Tensor, RowValues, Skipped]:
     """The loss of a task, tied to the student's inputs, the per-row values, and what was left out:
     by *retain*, or by *recompute* where kernels make it cheaper."""
-    if not streams(task, backend):
+    if not streams(task, backend, memory_budget):
         sweep = Sweep(task, backend)
         return *retain(rows, sweep, combine), sweep.tally.result()
     tally = Tally(task.weight.device)
-    parts = [
-        Part(index, _part_job(task, measure, index, backend, memory_budget))
-        for measure, index in _shared(task)
-    ]
+    parts = _parts(task, backend, memory_budget)
     loss, *values = Streamed.apply(parts, task, combine, tally, *rows.inputs)
     return loss, RowValues(*values), tally.result()
 
 
-def streams(task: Task, backend: ModuleType) -> bool:
-    """Whether *recompute* serves a scalar loss: chosen by cost."""
-    student = task.student
-    if task.classes is not None:  # their steps take rows of logits
-        return False
-    return streams_at(
-        student.hidden.device,
-        len(student.hidden),
-        student.head.vocab_size,
-        tuple(side.head.width for side in (student, task.teacher) if side is not None),
-        student.hidden.dtype,
-        [span.measure for span in task.spans],
-        task.plan,
-        backend,
-    )
+def _problem(task: Task, backend: ModuleType, memory_budget: int) -> Problem:
+    sides = [side for side in (task.student, task.teacher) if side is not None]
+    measures: list[Measure | None] = [span.measure for span in task.spans]
+    return Problem.of(sides, measures, backend, memory_budget, task.classes)
 
 
-def streams_at(
-    device: torch.device,
-    rows: int,
-    vocab_size: int,
-    widths: tuple[int, ...],
-    dtype: torch.dtype,  # of the student's hidden states
-    measures: list[Measure],
-    plan: Plan,
-    backend: ModuleType,
-) -> bool:
-    """The same from shapes alone."""
-    if not backend.fuses(device) or any(measure.adaptive for measure in measures):
-        return False
-    chunk_rows = even(rows, plan.chunk_rows)
-    balance = backend.balance(device, dtype)
-    return prefers_recompute(rows, vocab_size, widths, dtype.itemsize, chunk_rows, balance)
+def streams(task: Task, backend: ModuleType, memory_budget: int) -> bool:
+    """Whether *recompute* serves a scalar loss."""
+    return _problem(task, backend, memory_budget).streams(task.plan)
 
 
 def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
@@ -199,6 +272,18 @@ def _shared(task: Task) -> list[tuple[Measure | None, Tensor | None]]:
     if len(own) < 2:
         return [(next(iter(own), None), None)]
     return [(measure, torch.cat(rows)) for measure, rows in own.items()]
+
+
+def _parts(task: Task, backend: ModuleType, memory_budget: int) -> list[Part]:
+    """One for each divergence; their blocks are in memory together."""
+    parts = [
+        Part(index, _part_job(task, measure, index, backend, memory_budget))
+        for measure, index in _shared(task)
+    ]
+    if len(parts) == 1:
+        return parts
+    block, _ = _problem(task, backend, memory_budget).recompute()
+    return [part._replace(job=part.job._replace(block=block)) for part in parts]
 
 
 def _part_job(
@@ -268,17 +353,8 @@ def make_job(
 ) -> Job:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    layout = _layout(sides, [measure], backend)
-    hidden, vocab_size = student.hidden, student.head.vocab_size
-    cell, _ = backend.stream_bytes(hidden.device, hidden.dtype, len(hidden), vocab_size, len(sides))
-    by_rows = classes is not None or (measure is not None and measure.adaptive)
-    block, tile_rows = plan_block(
-        len(hidden),
-        budget=memory_budget,
-        cell=cell,
-        whole_rows=vocab_size if by_rows else 0,
-        **layout,
-    )
+    problem = Problem.of(sides, [measure], backend, memory_budget, classes)
+    block, tile_rows = problem.recompute()
     return Job(
         student=student,
         teacher=teacher,
@@ -289,11 +365,7 @@ def make_job(
         teacher_inv_tau=1 / temperatures[1],
         block=block,
         tile_rows=tile_rows,
-        row_plan=(
-            make_plan(student, teacher, [measure], backend, memory_budget, classes=classes)
-            if by_rows
-            else None
-        ),
+        row_plan=problem.retain() if problem.by_rows else None,
         backend=backend,
         classes=classes,
     )

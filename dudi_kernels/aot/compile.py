@@ -17,13 +17,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from dudi_kernels.aot import machine_code
+from dudi_kernels.aot.strides import narrow_strides
 from dudi_kernels.aot.targets import GPUS, TENSOR_COLUMNS, Gpu, Shape
 from dudi_kernels.backends.triton import launch
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.backends.triton.kernels import MASS_FIELDS
 from dudi_kernels.divergences import DIVERGENCES
 from dudi_kernels.head import LMHead, LoRA
-from dudi_kernels.plan import BLOCK
+from dudi_kernels.plan import DEFAULT_BUDGET, plan_block
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting
 
@@ -31,6 +32,7 @@ MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BOX = 256  # elements along a side of a descriptor's block
 LOGITS_ROWS = 256  # of a chunk whose logits are read
 RANK = 16  # of a LoRA
+PLANNED_ROWS = (4_096, 65_536)  # whose blocks of the gradient are compiled
 
 
 class Variant(NamedTuple):
@@ -45,6 +47,8 @@ class Variant(NamedTuple):
     entropy: bool = False  # its gradient
     aligned: bool = True  # without: an odd vocabulary, and odd widths
     skipping: bool = False  # of tiles, where the kernels project
+    wide_teacher: bool = False  # in fp32, beside a student in half precision
+    wide_weights: bool = False  # in fp32, under autocast
 
 
 VARIANTS = {
@@ -58,6 +62,8 @@ VARIANTS = {
     "entropy": Variant(entropy=True),
     "unaligned": Variant(aligned=False),
     "skipping": Variant(skipping=True),
+    "mixed": Variant(wide_teacher=True),
+    "autocast": Variant(wide_weights=True),
     "everything": Variant(bias=True, tempered=True, softcap=True, lora=True, entropy=True),
 }
 
@@ -139,15 +145,16 @@ def compile_all(
     def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
-    def source(width: int, columns: int) -> launch.Source:
+    def source(width: int, columns: int, hidden: torch.dtype) -> launch.Source:
         if not fused:
             return launch.Source(softcap, 1.0, logits=meta(rows, columns))
-        bias = meta(columns, dtype=dtype) if extra.bias else None
-        a, b = (meta(*size, dtype=dtype) for size in ((RANK, width), (columns, RANK)))
+        own = torch.float32 if extra.wide_weights else hidden
+        bias = meta(columns, dtype=own) if extra.bias else None
+        a, b = (meta(*size, dtype=own) for size in ((RANK, width), (columns, RANK)))
         lora = LoRA(a, b) if extra.lora else None
-        head = LMHead(meta(columns, width, dtype=dtype), bias, softcap, lora=lora)
+        head = LMHead(meta(columns, width, dtype=own), bias, softcap, lora=lora)
         low = meta(rows, RANK) if extra.lora else None
-        return launch.Source.of(Side(meta(rows, width, dtype=dtype), head, low))
+        return launch.Source.of(Side(meta(rows, width, dtype=hidden), head, low))
 
     state = RowState.fresh(meta(rows))
     state.coefficient = meta(rows) if extra.targets else None
@@ -165,8 +172,10 @@ def compile_all(
     )
 
     def launcher(columns: int) -> launch.Launcher:
-        student, teacher = (source(w, columns) for w in (shape.width, shape.teacher_width))
-        sides = launch.Sides(student, teacher if extra.teacher else None)
+        student = source(shape.width, columns, dtype)
+        wide = torch.float32 if extra.wide_teacher else dtype
+        teacher = source(shape.teacher_width, columns, wide) if extra.teacher else None
+        sides = launch.Sides(student, teacher)
         return launch.Launcher(setting, state, sides, rows, columns)
 
     chained = measure is None or measure.chain is not None
@@ -181,11 +190,35 @@ def compile_all(
         whole.statistics(True, extra.teacher, measure, chained, masses)
         if measure is None or not chained:
             whole.sums(measure)
-        half = torch.float32 if dtype == torch.float16 else dtype  # as `accumulate` takes it
-        block = BLOCK if fused else shape.vocabulary
-        for columns in sorted({block, shape.vocabulary % block or block}):  # the last is short
+        half = _gradient_dtype(gpu, dtype)
+        for columns in sorted(_columns(gpu, shape, dtype, extra) if fused else {shape.vocabulary}):
             out = meta(rows, columns, dtype=half if fused else torch.float32)
             launcher(columns).gradient(measure, out, live)
+    return found
+
+
+def _gradient_dtype(gpu: Gpu, dtype: torch.dtype) -> torch.dtype:
+    """As `accumulate` takes it there."""
+    return torch.float32 if gpu.kind == "hip" or dtype == torch.float16 else dtype
+
+
+def _columns(gpu: Gpu, shape: Shape, dtype: torch.dtype, extra: Variant) -> set[int]:
+    """Of the gradient's blocks in the default budget, for few rows and for many; the last block
+    of a vocabulary is short."""
+    gradient = _gradient_dtype(gpu, dtype)
+    convert = gradient != dtype or extra.wide_weights
+    found = set()
+    for rows in PLANNED_ROWS:
+        block, _ = plan_block(
+            rows,
+            (shape.width,),
+            convert,
+            DEFAULT_BUDGET,
+            cell=gradient.itemsize,
+            cached=False,
+            temporaries=False,
+        )
+        found |= {block, shape.vocabulary % block or block}
     return found
 
 
@@ -207,4 +240,5 @@ def limits(found: Launch, gpu: Gpu) -> list[str]:
         wrong.append(f"{shared:,} bytes of shared memory, at most {gpu.shared:,}")
     if (columns := machine_code.tensor_columns(found.compiled)) > TENSOR_COLUMNS:
         wrong.append(f"{columns} columns of tensor memory, at most {TENSOR_COLUMNS}")
+    wrong += map("{} is multiplied in 32 bits".format, narrow_strides(found.compiled.asm["ttir"]))
     return wrong

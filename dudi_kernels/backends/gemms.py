@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.backends.native import gemm
-from dudi_kernels.plan import BLOCK, Packing
+from dudi_kernels.plan import BLOCK, Packing, copied_rows
 from dudi_kernels.sweep import Gradients, Side
 
 
@@ -41,6 +41,18 @@ def _blocks(size: int, whole: bool) -> Iterator[slice]:
     """The vocabulary, in blocks where each needs a converted copy."""
     step = size if whole else BLOCK
     return (slice(i, min(i + step, size)) for i in range(0, size, max(step, 1)))
+
+
+def _pieces(hidden: Tensor, dtype: torch.dtype, columns: int) -> Iterator[slice]:
+    """Rows, in pieces where each needs a converted copy; one piece if there are none."""
+    rows = len(hidden)
+    step = rows if hidden.dtype == dtype else copied_rows(rows, columns)
+    return (slice(i, i + step) for i in range(0, max(rows, 1), max(step, 1)))
+
+
+def _converted(hidden: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
+    """At once for all blocks of a head, where one piece is all."""
+    return hidden.to(dtype) if copied_rows(len(hidden), columns) == len(hidden) else hidden
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -75,10 +87,14 @@ def project(side: Side, out: Tensor) -> Tensor:  # (R, V) fp32
     if split:
         gemm.project(side.hidden, head.weight, out)
     dtype = _gemm_dtype(side.hidden.device, side.hidden.dtype, backward=False)
-    rows = side.hidden if split else side.hidden.to(dtype)
-    for block in _blocks(len(head.weight), dtype == head.weight.dtype == torch.float32):
+    columns = len(head.weight)
+    rows = side.hidden if split else _converted(side.hidden, dtype, columns)
+    for block in _blocks(columns, dtype == head.weight.dtype == torch.float32):
         if not split:
-            _mm(rows, head.weight[block].to(dtype).t(), out[:, block], add=False)
+            weight = head.weight[block].to(dtype).t()
+            for piece in _pieces(rows, dtype, columns):
+                _mm(rows[piece].to(dtype), weight, out[piece, block], add=False)
+            del weight  # before the next block's is made
         if head.lora is not None and side.low is not None:
             _mm(side.low, head.lora.b[block].float().t(), out[:, block], add=True)
     if head.bias is not None:
@@ -108,14 +124,17 @@ def accumulate(
         gemm.hidden_gradient(grad, head.weight, sums.hidden)
     if split and sums.weight is not None:
         gemm.weight_gradient(grad, side.hidden, sums.weight, add_weight)
-    rows = side.hidden if split else side.hidden.to(dtype)
-    for block in _blocks(len(head.weight), whole):
+    columns = len(head.weight)
+    rows = side.hidden if split else _converted(side.hidden, dtype, columns)
+    for block in _blocks(columns, whole):
         part = grad[:, block]
         own = part if split else part.to(dtype)
         if sums.hidden is not None and not split_hidden:
             _mm(own, head.weight[block].to(dtype), sums.hidden, add=True)
         if sums.weight is not None and not split:
-            _mm(own.t(), rows, sums.weight[block], add=add_weight)
+            for piece in _pieces(rows, dtype, columns):
+                add = add_weight or piece.start > 0
+                _mm(own[piece].t(), rows[piece].to(dtype), sums.weight[block], add=add)
         if sums.low is not None and head.lora is not None:
             _mm(part.float(), head.lora.b[block].float(), sums.low, add=True)
         if sums.lora_b is not None and side.low is not None:

@@ -62,10 +62,12 @@ def test_nothing_spills_and_everything_fits(reports):
 
 
 def test_nor_where_a_launch_has_everything(tmp_path):
-    """Bias, temperatures, softcap, a LoRA, the entropy's gradient; and odd widths."""
-    options = ("--divergence", "jsd", "--target", "sm_90", "--variant", "everything", "unaligned")
+    """Bias, temperatures, softcap, a LoRA, the entropy's gradient; odd widths; tiles left out; a
+    teacher or weights in fp32."""
+    variants = ("everything", "unaligned", "skipping", "mixed", "autocast")
+    options = ("--divergence", "jsd", "--target", "sm_90", "sm_120", "--variant", *variants)
     found = compiled(tmp_path / "aot.json", *options)
-    assert {report["variant"] for report in found} == {"everything", "unaligned"}
+    assert {report["variant"] for report in found} == set(variants)
     for report in of(found, variant="everything", kernel="sums", projects=True):
         assert len(report["loops"]) == 4  # a LoRA's too run on tensor cores
 
@@ -109,12 +111,57 @@ def test_what_a_launch_would_be_refused_for():
 
     metadata = SimpleNamespace(shared=2**20, tmem_size=1024)
     blocks = Blocks(1, 1, 1, 1, 1)
-    own = compile.Launch("sums", (1, 2**16), blocks, {}, SimpleNamespace(metadata=metadata))
+    ttir = "tt.func @f(%x_stride: i32)\n%y = arith.muli %x_stride, %x_stride : i32"
+    compiled = SimpleNamespace(metadata=metadata, asm={"ttir": ttir})
+    own = compile.Launch("sums", (1, 2**16), blocks, {}, compiled)
     assert [reason.split(", at most")[0] for reason in compile.limits(own, GPUS["sm_90"])] == [
         "grid axis 1 is 65,536",
         "1,048,576 bytes of shared memory",
         "1024 columns of tensor memory",
+        "x_stride is multiplied in 32 bits",
     ]
+
+
+STRIDES = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dudi_kernels.aot.strides import narrow_strides
+
+@triton.jit
+def kernel(x, x_stride, y_stride, WAY: tl.constexpr):
+    i = tl.program_id(0) * 16 + tl.arange(0, 16)
+    j = tl.arange(0, 16)[None, :]
+    if WAY == 0:
+        at = i.to(tl.int64)[:, None] * x_stride + y_stride + j
+    elif WAY == 1:
+        at = (i[:, None] * x_stride).to(tl.int64) + j
+    elif WAY == 2:  # through a sum, a splat and a broadcast
+        at = (i[:, None] + j) * (x_stride + 1) + i.to(tl.int64)[:, None] * y_stride
+    else:
+        step = y_stride
+        at = i[:, None].to(tl.int64) * x_stride + j
+        for _ in range(WAY):
+            at += i[:, None] * step
+            step += 16
+    tl.store(x + at, 0.0)
+
+for way in range(4):
+    signature = {"x": "*fp32", "x_stride": "i32", "y_stride": "i32", "WAY": "constexpr"}
+    source = ASTSource(kernel, signature, {"WAY": way})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(*narrow_strides(compiled.asm["ttir"]), sep=",")
+"""
+
+
+def test_a_row_times_a_stride_in_32_bits_is_found(tmp_path):
+    """Kernels that are wrong in three ways; every kernel that is compiled is looked at so."""
+    file = tmp_path / "strides.py"
+    file.write_text(STRIDES)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, file], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["", "x_stride", "x_stride", "y_stride"]
 
 
 def test_how_many_programs_a_multiprocessor_holds():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import make_side, make_targets
+from cases import error, make_side, make_targets
 from torch.profiler import ProfilerActivity, profile
 
 from dudi_kernels import (
@@ -22,7 +22,7 @@ from dudi_kernels import (
     prepare,
 )
 from dudi_kernels.backends import native
-from dudi_kernels.plan import plan_block, plan_retain
+from dudi_kernels.plan import DEFAULT_BUDGET, plan_block, plan_retain
 
 ROWS, VOCAB, WIDTH = 512, 16_384, 24
 DENSE = ROWS * VOCAB * 4  # bytes of one (N, V) fp32 tensor: 33.6 MB
@@ -159,6 +159,88 @@ def test_plans():
     assert plan_block(100_000, (WIDTH,), False, 2**26, cell=4)[0] < 4096
     with pytest.raises(ValueError, match="memory_budget must be at least"):
         plan_block(100_000, (WIDTH,), False, 2**10, cell=4)
+
+
+@pytest.mark.parametrize("rows", [4096, 8192, 16_384, 65_536, 131_072])
+def test_blocks_of_columns_are_whole(rows):
+    """An odd stride of the gradient's buffer is another kernel, and a slower GEMM."""
+    for cell in (2, 4, 8):
+        block, _ = plan_block(rows, (896,), cell == 4, DEFAULT_BUDGET, cell=cell, temporaries=False)
+        assert block % 128 == 0
+    budget = 100 * (2 * rows + 896 * 4)
+    narrow, _ = plan_block(rows, (896,), False, budget, cell=2, temporaries=False)
+    assert narrow == 96
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
+def test_the_default_budget_holds_many_rows(per_row, dtype, monkeypatch):
+    """Of fp16, whose last two GEMMs convert to fp32, no copy of all rows is held."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dudi_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for rows in (4096, 16_384, 32_768):
+        plan = plan_memory(rows, 128_256, 2048, 4096, dtype=dtype, device="cuda", per_row=per_row)
+        assert plan.workspace <= DEFAULT_BUDGET * 1.01
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "budget"), [("torch", 2048, 2_500_000), ("triton", 288, 320_000)]
+)
+def test_many_rows_are_converted_in_pieces(backend, rows, budget):
+    """fp16 and few columns a block: what is held is as planned, whatever the number of rows."""
+    vocab, width = 400, 64
+    sides = [make_side(rows, vocab, width, torch.float16, seed=seed) for seed in (0, 9)]
+    targets = make_targets(rows, vocab)
+    student, teacher = sides
+    settings: dict[str, Any] = {"memory_budget": budget, "backend": backend}
+
+    def run(**settings):
+        both = student.hidden, student.head, teacher.hidden, teacher.head
+        got = linear_distill(*both, targets=targets, divergence="jsd", **settings)
+        (got.divergence.sum() + got.log_prob.sum()).backward()
+        return [t.grad.clone() for t in student.inputs]
+
+    run(**settings)  # a first call makes what stays
+    for tensor in student.inputs:
+        tensor.grad = None
+    used = measure(lambda: run(**settings))
+    grads = [t.grad for t in student.inputs]
+    settings |= {"dtype": torch.float16, "divergence": "jsd"}
+    plan = plan_memory(rows, vocab, width, width, per_row=True, **settings)
+    vectors = rows * 400
+    assert plan.workspace <= budget * 1.01 and plan.block_columns < 300
+    assert used.peak <= plan.peak * 1.1 + vectors
+    if backend == "triton" or native.library() is not None:
+        assert used.peak >= plan.peak * 0.9
+    for tensor in student.inputs:
+        tensor.grad = None
+    for got, want in zip(grads, run(backend=backend), strict=True):  # a single block
+        assert error(got, want) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "budget", "wanted"),
+    [(3000, 512, 10_000, "retain"), (3, 9000, 50_000, "recompute")],
+    ids=["many rows", "a large vocabulary"],
+)
+def test_the_strategy_that_fits(rows, vocab, budget, wanted, backend, monkeypatch):
+    """The dearer one too, where the budget doesn't hold the other."""
+    monkeypatch.setattr(prepare, "prefers_recompute", lambda *arguments: wanted == "retain")
+    student, teacher = make_side(rows, vocab, 24), make_side(rows, vocab, 16, seed=9)
+    sides = student.hidden, student.head, teacher.hidden, teacher.head
+    settings: dict[str, Any] = {"memory_budget": budget, "backend": backend}
+    assert plan_memory(rows, vocab, 24, 16, **settings).strategy == wanted
+    if rows < 100:  # interpreted
+        got = linear_distill_loss(*sides, **settings).loss
+        want = linear_distill_loss(*sides, backend=backend).loss
+        assert error(got, want) <= 1e-5
+    with pytest.raises(ValueError, match="memory_budget must be at least"):
+        linear_distill_loss(*sides, backend=backend, memory_budget=100)
+    with pytest.raises(ValueError, match="memory_budget must be at least"):
+        plan_memory(rows, vocab, 24, 16, backend=backend, memory_budget=100)
 
 
 def advised(call: Callable[[int], object], given: int = 10) -> int:
@@ -365,6 +447,6 @@ def test_plan_memory_of_kernels_on_a_gpu_that_is_not_there(monkeypatch):
     one = 2 * rows * vocab
     assert plan.flops == one * (4 * width + 2 * teacher_width)
     few = plan_memory(1, vocab, width, train_weight=False, train_hidden=False, **settings)
-    assert few.workspace == 15 * 594 * 4  # partial results of a row's splits
+    assert few.workspace == 15 * 396 * 4  # partial results of a row's splits
     adaptive = plan_memory(rows, vocab, width, teacher_width, divergence="adaptive_kl", **settings)
     assert adaptive.strategy == "retain"

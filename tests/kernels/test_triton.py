@@ -13,9 +13,10 @@ from cases import error, make_side, make_targets
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dudi_kernels import linear_distill
-from dudi_kernels.backends.triton import launch
+from dudi_kernels.backends.triton import kernels, launch
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import DIVERGENCES
+from dudi_kernels.sweep import Side as SweepSide
 from dudi_kernels.tiles import RowState, Setting
 
 ROWS, VOCAB, WIDTH = 70, 2500, 32
@@ -54,6 +55,32 @@ def test_splits_of_the_vocabulary(divergence, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found[-1], again, strict=True))
     assert launch.splits(3, 100, 1) == (100, 1)
     assert all(error(a, b) <= 1e-6 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0}], ids=["plain", "tempered"])
+def test_more_splits_than_are_read_at_once(settings, monkeypatch):
+    """The partial results of the last few are beside what isn't there."""
+    one = per_row(divergence="reverse_kl", **settings)
+    blocks = launch.Blocks(128, 128, 64, 4, 1)  # 20 tiles
+    monkeypatch.setattr(launch, "fused_blocks", lambda *arguments: blocks)
+    monkeypatch.setattr(launch, "WAVES", 1000)
+    many = per_row(divergence="reverse_kl", **settings)
+    assert -(-VOCAB // blocks.columns) % kernels.SPLITS.value
+    assert all(error(a, b) <= 1e-6 for a, b in zip(many, one, strict=True))
+
+
+def test_blocks_fit_the_wider_side(monkeypatch):
+    """A teacher in fp32 takes twice the shared memory of a student in bf16."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    target = launch.Target("cuda", 90, 132)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    half, wide = (make_side(4, 64, 32, dtype) for dtype in (torch.bfloat16, torch.float32))
+    state, setting = RowState.fresh(torch.ones(4)), Setting(64, None, 1.0, 1.0, None, 1.0, False, 1)
+    for sides in ((half, wide), (wide, half)):
+        student, teacher = (Source.of(SweepSide(s.hidden, s.head.detach(), None)) for s in sides)
+        own = Launcher(setting, state, Sides(student, teacher), 4, 64)
+        assert own.tile() == launch.fused_blocks(target, torch.float32, 3)[:2]
+        assert own._common(True, own._blocks(None))["PRECISION"] == "ieee"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -144,7 +144,9 @@ def test_keys_tell_apart_what_matters(on):
     assert " kernel=statistics " in one and " s_width=32 " in one and " CHAIN=1" in one
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "another", "choices": {}}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": "another", "choices": {}}', "\0", "[" * 200_000]
+)
 @pytest.mark.filterwarnings("ignore:.*autotune.json is ignored")
 def test_a_bad_file_is_ignored_and_replaced(text, on, tmp_path):
     file = tmp_path / "autotune.json"

@@ -29,6 +29,7 @@ from dudi_kernels.backends.triton.elements import (
     terms_of,
 )
 
+SPLITS = tl.constexpr(16)  # whose partial results are read at once
 UPCAST = tl.constexpr(INTERPRETED)  # products of bf16 are wrong there; a CPU's GEMMs are in fp32
 
 # Rows of the partial results of `statistics`, for each side.
@@ -158,15 +159,18 @@ def poles_of(learner, guide, columns_inside):
 @triton.jit
 def store_side(
     partials, at, field_stride, inside, top, total, first, tempered_top, tempered_total, cross,
-    target,
+    target, CROSSED: tl.constexpr, TARGETS: tl.constexpr, TEMPERED: tl.constexpr,
 ):
     tl.store(partials + at + TOP * field_stride, top, mask=inside)
     tl.store(partials + at + TOTAL * field_stride, total, mask=inside)
     tl.store(partials + at + FIRST * field_stride, first, mask=inside)
-    tl.store(partials + at + TEMPERED_TOP * field_stride, tempered_top, mask=inside)
-    tl.store(partials + at + TEMPERED_TOTAL * field_stride, tempered_total, mask=inside)
-    tl.store(partials + at + CROSS * field_stride, cross, mask=inside)
-    tl.store(partials + at + TARGET * field_stride, target, mask=inside)
+    if TEMPERED:
+        tl.store(partials + at + TEMPERED_TOP * field_stride, tempered_top, mask=inside)
+        tl.store(partials + at + TEMPERED_TOTAL * field_stride, tempered_total, mask=inside)
+    if CROSSED:
+        tl.store(partials + at + CROSS * field_stride, cross, mask=inside)
+    if TARGETS:
+        tl.store(partials + at + TARGET * field_stride, target, mask=inside)
 
 
 @triton.jit
@@ -272,19 +276,16 @@ def statistics(
             poles |= poles_of(learner, guide, j < columns)
     field_stride = tl.num_programs(1).to(tl.int64) * rows
     at = split.to(tl.int64) * rows + i
-    if not S_TEMPERED:
-        s_tempered_top, s_tempered_total = s_top, s_total
-    if not T_TEMPERED:
-        t_tempered_top, t_tempered_total = t_top, t_total
     if STUDENT:
         store_side(
             partials, at, field_stride, i < rows, s_top, s_total, s_first, s_tempered_top,
-            s_tempered_total, s_cross, s_target,
+            s_tempered_total, s_cross, s_target, CHAIN == 2, TARGETS, S_TEMPERED,
         )
     if TEACHER:
         store_side(
             partials + SIDE_FIELDS * field_stride, at, field_stride, i < rows, t_top, t_total,
-            t_first, t_tempered_top, t_tempered_total, t_cross, t_target,
+            t_first, t_tempered_top, t_tempered_total, t_cross, t_target, CHAIN == 1, TARGETS,
+            T_TEMPERED,
         )
     if MASKED and CHAIN != 0:
         to = partials + POLES * field_stride + at
@@ -295,51 +296,64 @@ def statistics(
 
 
 @triton.jit
-def added(values, FIELD: tl.constexpr, field_stride, rows, splits, i, inside):
-    """The sum of a field over the splits, one after the other, in float64."""
-    at = values + FIELD * field_stride + i
+def of_splits(values, FIELD: tl.constexpr, first, rows, splits, i, inside, nothing):
+    """A field of SPLITS splits from `first` on, (SPLITS, rows); `nothing` of those that don't
+    exist."""
+    split = first + tl.arange(0, SPLITS)[:, None]
+    at = (splits * FIELD + split).to(tl.int64) * rows + i[None, :]
+    return tl.load(values + at, mask=inside[None, :] & (split < splits), other=nothing)
+
+
+@triton.jit
+def added(values, FIELD: tl.constexpr, rows, splits, i, inside):
+    """The sum of a field over the splits, in a fixed order, in float64."""
     total = tl.zeros(i.shape, tl.float64)
-    for _ in range(splits):
-        total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
-        at += rows
+    for first in range(0, splits, SPLITS):
+        own = of_splits(values, FIELD, first, rows, splits, i, inside, 0.0)
+        total += tl.sum(own.to(tl.float64), 0)
     return total
 
 
 @triton.jit
-def whole_log_sum(partials, TOP_FIELD: tl.constexpr, field_stride, rows, splits, i, inside):
+def whole_log_sum(partials, TOP_FIELD: tl.constexpr, rows, splits, i, inside):
     """The maximum, and the sum of exp(x - maximum) over all splits, in float64."""
-    at = partials + TOP_FIELD * field_stride + i
     top = tl.zeros(i.shape, tl.float32) + FLOOR
-    for _ in range(splits):
-        top = tl.maximum(top, tl.load(at, mask=inside, other=FLOOR))
-        at += rows
-    at = partials + TOP_FIELD * field_stride + i
+    for first in range(0, splits, SPLITS):
+        own = of_splits(partials, TOP_FIELD, first, rows, splits, i, inside, FLOOR)
+        top = tl.maximum(top, tl.max(own, 0))
     total = tl.zeros(i.shape, tl.float64)
-    for _ in range(splits):
-        shrink = tl.exp(tl.maximum(tl.load(at, mask=inside, other=FLOOR) - top, NOTHING))
-        total += (tl.load(at + field_stride, mask=inside, other=1.0) * shrink).to(tl.float64)
-        at += rows
-    return top, total
+    for first in range(0, splits, SPLITS):
+        own = of_splits(partials, TOP_FIELD, first, rows, splits, i, inside, FLOOR)
+        shrink = tl.exp(tl.maximum(own - top[None, :], NOTHING))
+        own = of_splits(partials, TOP_FIELD + 1, first, rows, splits, i, inside, 0.0)
+        total += tl.sum((own * shrink).to(tl.float64), 0)
+    return top, tl.where(inside, total, 1.0)  # has a logarithm
 
 
 @triton.jit
 def moment(
-    partials, TOP_FIELD: tl.constexpr, FIELD: tl.constexpr, MOVED: tl.constexpr, top, field_stride,
-    rows, splits, i, inside,
+    partials, TOP_FIELD: tl.constexpr, FIELD: tl.constexpr, MOVED: tl.constexpr, top, rows, splits,
+    i, inside,
 ):
     """The sum over the splits of a field that belongs to a log-sum-exp, at the maximum of all;
     a first moment is MOVED from the maximum of its split, too."""
-    at = partials + TOP_FIELD * field_stride + i
-    to_field = (FIELD - TOP_FIELD) * field_stride
     sums = tl.zeros(i.shape, tl.float64)
-    for _ in range(splits):
-        difference = tl.maximum(tl.load(at, mask=inside, other=FLOOR) - top, NOTHING)
-        value = tl.load(at + to_field, mask=inside, other=0.0)
+    for first in range(0, splits, SPLITS):
+        own = of_splits(partials, TOP_FIELD, first, rows, splits, i, inside, FLOOR)
+        difference = tl.maximum(own - top[None, :], NOTHING)
+        value = of_splits(partials, FIELD, first, rows, splits, i, inside, 0.0)
         if MOVED:
-            value += tl.load(at + field_stride, mask=inside, other=0.0) * difference
-        sums += (value * tl.exp(difference)).to(tl.float64)
-        at += rows
+            own = of_splits(partials, TOP_FIELD + 1, first, rows, splits, i, inside, 0.0)
+            value += own * difference
+        sums += tl.sum((value * tl.exp(difference)).to(tl.float64), 0)
     return sums
+
+
+@triton.jit
+def cross_of(partials, top, rows, splits, i, inside, TEMPERED: tl.constexpr):
+    """A KL's cross term, at the temperature of its side."""
+    FIELD: tl.constexpr = TEMPERED_TOP if TEMPERED else TOP
+    return moment(partials, FIELD, CROSS, False, top, rows, splits, i, inside)
 
 
 @triton.jit
@@ -363,65 +377,64 @@ def combine_statistics(
     MOMENTS: tl.constexpr,  # entropies, and with a CHAIN the divergence, of whole rows
     CHAIN: tl.constexpr,
     OFFSET: tl.constexpr,  # sum(g) = OFFSET + SLOPE * divergence
-    SLOPE: tl.constexpr, TARGETS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    SLOPE: tl.constexpr, TARGETS: tl.constexpr, MASKED: tl.constexpr, S_TEMPERED: tl.constexpr,
+    T_TEMPERED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """From the splits' partial results to the state of the rows."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
     at = first_row + i
-    field_stride = splits.to(tl.int64) * rows
-    others = partials + SIDE_FIELDS * field_stride
+    others = partials + (splits * SIDE_FIELDS).to(tl.int64) * rows
     if STUDENT:
-        top, total = whole_log_sum(partials, TOP, field_stride, rows, splits, i, inside)
-        stored_log_sum(s_log_sum, top, total, at, inside)
-        if MOMENTS:
-            first = moment(partials, TOP, FIRST, True, top, field_stride, rows, splits, i, inside)
-            entropy = tl.log(total) - first / total
-            tl.store(s_entropy + at, entropy.to(tl.float32), mask=inside)
-        s_top, s_total = whole_log_sum(
-            partials, TEMPERED_TOP, field_stride, rows, splits, i, inside
+        s_top, s_total, s_value = combine_side(
+            partials, s_log_sum, s_tempered_log_sum, s_target, s_entropy, rows, splits, i, at,
+            inside, MOMENTS, TARGETS, S_TEMPERED,
         )
-        s_value = stored_log_sum(s_tempered_log_sum, s_top, s_total, at, inside)
-        if TARGETS:
-            value = added(partials, TARGET, field_stride, rows, splits, i, inside)
-            tl.store(s_target + at, value.to(tl.float32), mask=inside)
     if TEACHER:
-        top, total = whole_log_sum(others, TOP, field_stride, rows, splits, i, inside)
-        stored_log_sum(t_log_sum, top, total, at, inside)
-        if MOMENTS:
-            first = moment(others, TOP, FIRST, True, top, field_stride, rows, splits, i, inside)
-            entropy = tl.log(total) - first / total
-            tl.store(t_entropy + at, entropy.to(tl.float32), mask=inside)
-        t_top, t_total = whole_log_sum(others, TEMPERED_TOP, field_stride, rows, splits, i, inside)
-        t_value = stored_log_sum(t_tempered_log_sum, t_top, t_total, at, inside)
-        if TARGETS:
-            value = added(others, TARGET, field_stride, rows, splits, i, inside)
-            tl.store(t_target + at, value.to(tl.float32), mask=inside)
+        t_top, t_total, t_value = combine_side(
+            others, t_log_sum, t_tempered_log_sum, t_target, t_entropy, rows, splits, i, at,
+            inside, MOMENTS, TARGETS, T_TEMPERED,
+        )
     if CHAIN != 0:
         if CHAIN == 1:
-            cross = moment(
-                others, TEMPERED_TOP, CROSS, False, t_top, field_stride, rows, splits, i, inside
-            )
+            cross = cross_of(others, t_top, rows, splits, i, inside, T_TEMPERED)
             value = cross / t_total - t_value + s_value
         else:
-            cross = moment(
-                partials, TEMPERED_TOP, CROSS, False, s_top, field_stride, rows, splits, i, inside
-            )
+            cross = cross_of(partials, s_top, rows, splits, i, inside, S_TEMPERED)
             value = t_value - s_value - cross / s_total
         value = value.to(tl.float32)
         tl.store(divergence + at, value, mask=inside)
         tl.store(g_sum + at, OFFSET + (SLOPE * value if SLOPE != 0 else 0 * value), mask=inside)
         if MASKED:
-            store_poles(poles, partials, POLES, field_stride, rows, splits, i, at, inside)
+            store_poles(poles, partials, POLES, rows, splits, i, at, inside)
 
 
 @triton.jit
-def store_poles(poles, values, FIELD: tl.constexpr, field_stride, rows, splits, i, at, inside):
+def combine_side(
+    partials, log_sum, tempered_log_sum, target, entropy, rows, splits, i, at, inside,
+    MOMENTS: tl.constexpr, TARGETS: tl.constexpr, TEMPERED: tl.constexpr,
+):
+    """One side's; the maximum, sum and log-sum-exp at its temperature."""
+    top, total = whole_log_sum(partials, TOP, rows, splits, i, inside)
+    stored_log_sum(log_sum, top, total, at, inside)
+    if MOMENTS:
+        first = moment(partials, TOP, FIRST, True, top, rows, splits, i, inside)
+        value = tl.log(total) - first / total
+        tl.store(entropy + at, value.to(tl.float32), mask=inside)
+    if TARGETS:
+        value = added(partials, TARGET, rows, splits, i, inside)
+        tl.store(target + at, value.to(tl.float32), mask=inside)
+    if TEMPERED:
+        top, total = whole_log_sum(partials, TEMPERED_TOP, rows, splits, i, inside)
+    return top, total, stored_log_sum(tempered_log_sum, top, total, at, inside)
+
+
+@triton.jit
+def store_poles(poles, values, FIELD: tl.constexpr, rows, splits, i, at, inside):
     bits = tl.load(poles + at, mask=inside, other=0)
-    own = values + FIELD * field_stride + i
-    for _ in range(splits):
-        bits |= tl.load(own, mask=inside, other=0.0).to(tl.int32)
-        own += rows
+    for first in range(0, splits, SPLITS):
+        own = of_splits(values, FIELD, first, rows, splits, i, inside, 0.0).to(tl.int32)
+        bits |= tl.max(own & 1, 0) | tl.max(own & 2, 0)
     tl.store(poles + at, bits, mask=inside)
 
 
@@ -518,8 +531,8 @@ def sums(
 
 
 @triton.jit
-def add_to(target, values, FIELD: tl.constexpr, field_stride, rows, splits, i, at, inside):
-    value = added(values, FIELD, field_stride, rows, splits, i, inside)
+def add_to(target, values, FIELD: tl.constexpr, rows, splits, i, at, inside):
+    value = added(values, FIELD, rows, splits, i, inside)
     older = tl.load(target + at, mask=inside, other=0.0)
     tl.store(target + at, older + value.to(tl.float32), mask=inside)
 
@@ -533,14 +546,13 @@ def combine_sums(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
     at = first_row + i
-    field_stride = splits.to(tl.int64) * rows
-    add_to(s_entropy, partials, ENTROPY, field_stride, rows, splits, i, at, inside)
+    add_to(s_entropy, partials, ENTROPY, rows, splits, i, at, inside)
     if TAUGHT:
-        add_to(divergence, partials, DIVERGENCE, field_stride, rows, splits, i, at, inside)
-        add_to(g_sum, partials, G_SUM, field_stride, rows, splits, i, at, inside)
-        add_to(t_entropy, partials, TEACHER_ENTROPY, field_stride, rows, splits, i, at, inside)
+        add_to(divergence, partials, DIVERGENCE, rows, splits, i, at, inside)
+        add_to(g_sum, partials, G_SUM, rows, splits, i, at, inside)
+        add_to(t_entropy, partials, TEACHER_ENTROPY, rows, splits, i, at, inside)
         if MASKED:
-            store_poles(poles, partials, SUMS_POLES, field_stride, rows, splits, i, at, inside)
+            store_poles(poles, partials, SUMS_POLES, rows, splits, i, at, inside)
 
 
 # ---- gradient ------------------------------------------------------------------------------------

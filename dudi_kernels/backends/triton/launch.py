@@ -24,7 +24,7 @@ from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
 
 COMBINE_ROWS = 64
-WAVES = 8  # programs for each multiprocessor, where rows alone are too few
+WAVES = 4  # programs for each multiprocessor, where rows alone are too few
 INTERPRETED_UNITS = 1  # the interpreter's "multiprocessors": some splits at small shapes
 MAX_SPLITS = 1024
 HALF_BALANCE = 150  # FLOPs in the time of a byte, of GPUs since A100: 153 to 295
@@ -79,6 +79,12 @@ class Sides(NamedTuple):
             found = self.student.side.hidden
         return found.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of both sides' hidden states: blocks have to fit either product."""
+        sides = [source.side for source in self if source is not None and source.side is not None]
+        return functools.reduce(torch.promote_types, (side.hidden.dtype for side in sides))
+
 
 # ---- choices -------------------------------------------------------------------------------------
 
@@ -92,22 +98,24 @@ def read_blocks(target: Target, aligned: bool) -> Blocks:
 
 def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: bool = True) -> Blocks:
     """For kernels that project: as large as registers hold without spills (aot tells). `load`, 0
-    to 3, is how much there is beside both sides' tiles."""
+    to 4, is how much there is beside both sides' tiles."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
-        return Blocks(64, 64, 16, 8, 2)
+        return Blocks(64, (64, 64, 64, 64, 32)[load], 16, 8, 2)
     if target.kind == "hip":
-        return Blocks(128, 64, 64, 4, 2)
+        return Blocks(128, (64, 64, 64, 64, 32)[load], 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
     match target.capability // 10:
         case 8:
-            return Blocks(128, (64, 64, 32, 32)[load], 32, 8, 4)
-        case 9 | 10:
-            return Blocks(128, (128, 64, 64, 32)[load], 64 if aligned else 32, 8, 4)
+            return Blocks(128, (64, 64, 32, 32, 32)[load], 32, 8, 4)
+        case 9:
+            return Blocks(128, (128, 64, 64, 64, 32)[load], 64 if aligned else 32, 8, 4)
+        case 10:
+            return Blocks(128, (128, 64, 64, 32, 32)[load], 64 if aligned else 16, 8, 4)
         case _:
-            return Blocks(128, 64, 64, 8, 2)
+            return Blocks(128, (64, 64, 64, 32, 32)[load], 64 if aligned else 32, 8, 2)
 
 
 class Target(NamedTuple):
@@ -270,8 +278,7 @@ def _flags(sides: Sides, setting: Setting, target: Target) -> dict[str, Any]:
             f"{letter}_SOFTCAP": source is not None and source.softcap is not None,
         }
     if sides.fused:
-        assert sides.student.side is not None
-        found["PRECISION"] = precision(target, sides.student.side.hidden.dtype)
+        found["PRECISION"] = precision(target, sides.dtype)
     return found
 
 
@@ -308,14 +315,16 @@ class Launcher:
         more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
         more = more or any(side.head.softcap is not None for side in sides)
         if not aligned or any(side.head.lora is not None for side in sides):
-            load = 3  # a pointer for each element, or a product more
-        elif setting.masked or kernel is kernels.sums or skipping or adaptive:
+            load = 4  # a pointer for each element, or a product more
+        elif skipping or (setting.masked and kernel is kernels.sums):
+            load = 3
+        elif setting.masked or kernel is kernels.sums or adaptive:
             load = 2
         elif kernel is kernels.statistics:
             load = 2 if more else 0
         else:
             load = int(more or (measure is not None and measure.chain is None))
-        return fused_blocks(self.target, sides[0].hidden.dtype, load, aligned)
+        return fused_blocks(self.target, self.sides.dtype, load, aligned)
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
@@ -407,7 +416,7 @@ class Launcher:
             splits=partials.shape[1],
             MASKED=self.setting.masked,
             BLOCK=COMBINE_ROWS,
-            num_warps=2,
+            num_warps=4,
         )
 
     # ---- kernels ---------------------------------------------------------------------------------
@@ -451,6 +460,8 @@ class Launcher:
             s_entropy=state.entropy,
             t_target=state.teacher_target,
             MOMENTS=moments,
+            S_TEMPERED=self.setting.inv_tau != 1.0,
+            T_TEMPERED=self.setting.teacher_inv_tau != 1.0,
             OFFSET=0.0 if chain is None else chain.offset,
             SLOPE=0.0 if chain is None else chain.slope,
         )

@@ -127,7 +127,7 @@ def _fits(blocks: Blocks, limits: Limits | None, item_size: int, fused: bool) ->
 def fastest(launch: Launch, made: Made, default: Blocks, target: Target, run: Run) -> Launch:
     """A launch as it is, or with the blocks that timing prefers to its default."""
     fused = launch.arguments["FUSED"]
-    item_size = _operand(launch.arguments["s_hidden"]).element_size() if fused else 4
+    item_size = _item_size(launch) if fused else 4
     options = candidates(default, limits_of(target), item_size, fused)
     key = key_of(launch, target)
     blocks = known.get(key)
@@ -193,6 +193,12 @@ def _scratch(arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {"out": torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)}
 
 
+def _item_size(launch: Launch) -> int:
+    """Of the widest operand."""
+    operands = (launch.arguments[name] for name in OPERANDS[:-1])
+    return max(_operand(operand).element_size() for operand in operands if operand is not None)
+
+
 def _device(launch: Launch) -> torch.device:
     found = launch.arguments["s_logits"]
     return (_operand(launch.arguments["s_hidden"]) if found is None else found).device
@@ -237,7 +243,7 @@ def _read(file: Path) -> dict[str, Any]:
         reason = "it has another format"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = repr(error)
     warnings.warn(f"{file} is ignored: {reason}", RuntimeWarning, stacklevel=2)
     return {}
