@@ -194,7 +194,8 @@ class Stream:
             yield out, job.student.part(start, stop), start
 
     def _live_columns(self) -> list[Chunk]:
-        """Blocks of at most job.block columns; where tiles may be skipped, of whole tiles."""
+        """Blocks of at most job.block columns; where tiles may be skipped, of whole tiles: at least
+        one, even if the plan has fewer columns."""
         live, vocabulary, block = self.job.live, self.setting.vocabulary, self.job.block
         if live is None:
             return chunks(0, vocabulary, block)
