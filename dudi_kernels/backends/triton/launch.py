@@ -102,7 +102,7 @@ def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: boo
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
-        return Blocks(64, (64, 64, 64, 64, 32)[load], 16, 8, 2)
+        return _wide_blocks(target, load)
     if target.kind == "hip":
         return Blocks(128, (64, 64, 64, 64, 32)[load], 64, 4, 2)
     if target.kind != "cuda":
@@ -116,6 +116,14 @@ def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: boo
             return Blocks(128, (128, 64, 64, 32, 32)[load], 64 if aligned else 16, 8, 4)
         case _:
             return Blocks(128, (64, 64, 64, 32, 32)[load], 64 if aligned else 32, 8, 2)
+
+
+def _wide_blocks(target: Target, load: int) -> Blocks:
+    """Of fp32, of which a register holds half as much."""
+    columns = (64, 64, 64, 64, 32)[load]
+    if target.kind == "hip":
+        return Blocks(64, columns, 16, 8 if load < 4 else 4, 2)
+    return Blocks(64, columns, 16, 8, 3 if target.capability >= 100 else 2)
 
 
 class Target(NamedTuple):
