@@ -457,8 +457,8 @@ def _gradients(
 
 
 def _columns(jobs: list[Job]) -> list[Chunk]:
-    """Blocks of columns that all jobs take; where tiles may be left out, of whole tiles (at least one,
-    even if the plan has fewer columns), and those that any job has a live one in."""
+    """Blocks of columns that all jobs take; where tiles may be left out, of whole tiles (at least
+    one, even if the plan has fewer columns), and those that any job has a live one in."""
     vocabulary, block = jobs[0].student.head.vocab_size, min(job.block for job in jobs)
     lives = [job.live for job in jobs if job.live is not None]
     if not lives:
