@@ -183,6 +183,11 @@ def _verbalized(
         raise ValueError(
             f"verbalizer must be on {device} as student_hidden is (verbalizer.to), got {other}"
         )
+    if devices.capturing(device) and "classes" not in vars(verbalizer):
+        raise ValueError(
+            "verbalizer must have its classes made before a CUDA graph is captured, which any loss "
+            "with it does (or verbalizer.classes): that waits for the GPU"
+        )
     classes = verbalizer.classes
     if classes.prefix:  # rows of the teacher's head beyond the student's, if any, are left out
         return teacher._replace(head=teacher.head.part(0, verbalizer.student_size)), None

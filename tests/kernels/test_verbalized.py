@@ -20,6 +20,7 @@ from cases import (
 from dudi_kernels import (
     DIVERGENCES,
     Verbalizer,
+    devices,
     linear_distill,
     linear_distill_loss,
     linear_dudi_loss,
@@ -392,6 +393,17 @@ def test_an_infinite_divergence_is_refused():
         with pytest.raises(ValueError, match=r"divergence is infinite .* unmatched='renormalize'"):
             linear_distill_loss(*arguments, divergence=divergence, verbalizer=ONE_SIDED)
     assert linear_distill_loss(*arguments, verbalizer=ONE_SIDED).loss.isfinite()
+
+
+def test_classes_are_made_before_a_graph_is_captured(monkeypatch):
+    student, teacher = sides()
+    arguments = (student.hidden, student.head, teacher.hidden, teacher.head)
+    known, new = dense(*maps()), dense(*maps())
+    wanted = linear_distill_loss(*arguments, verbalizer=known).loss
+    monkeypatch.setattr(devices, "capturing", lambda device: True)
+    with pytest.raises(ValueError, match="verbalizer must have its classes made before"):
+        linear_distill_loss(*arguments, verbalizer=new)
+    assert torch.equal(linear_distill_loss(*arguments, verbalizer=known).loss, wanted)
 
 
 def test_the_teacher_is_no_reference_in_another_vocabulary():
