@@ -106,9 +106,9 @@ def trl_gkd(student: Side, teacher: Side, targets: Tensor, case: Case) -> Tensor
     "batchmean" is over the labels that are not -100."""
     from trl.experimental.gkd import GKDTrainer
 
-    logits = (F.linear(side.hidden, side.weight) for side in (student, teacher))
+    s, t = (F.linear(side.hidden, side.weight) for side in (student, teacher))
     return GKDTrainer.generalized_jsd_loss(
-        *logits, labels=targets, beta=_trainer_beta(case), temperature=case.temperature
+        s, t, labels=targets, beta=_trainer_beta(case), temperature=case.temperature
     )
 
 
