@@ -1,7 +1,7 @@
 # `make` or `make help` lists the targets. All are safe to repeat.
 PYTHON ?= python3
 SEED ?= 0
-# Test processes; each takes up to 5 GB.
+# Test processes of one thread each; each takes up to 5 GB.
 WORKERS ?= 2
 # A package index with CPU builds of torch, for a machine without a GPU; by default pip's own.
 TORCH_INDEX ?=
@@ -48,7 +48,7 @@ demo-teacher: install  ## train the demo's teacher again and put it into the pac
 	cp -r runs/demo-teacher/teacher dudi/data/teacher
 
 test: lint  ## lint, then all tests, in two processes (WORKERS=2)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 $(PEERS_STAMP): $(STAMP) Makefile
 	@echo 'Installing the libraries that are compared with'
