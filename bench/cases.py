@@ -1,8 +1,8 @@
 """Which cases a session measures: a shape, a task and its contenders.
 
-By default about 27 minutes on two cores with AMX: each task at the shape of Qwen2.5 beside the floor and its
-fastest rivals, the real states of SmolLM2, and Gemma's vocabulary. `--all` has every contender of
-every case, and more shapes; it takes hours on a CPU. `--quick` has a tiny shape.
+By default about 27 minutes on two cores with AMX: each task at the shape of Qwen2.5 beside the
+floor and its fastest rivals, the real states of SmolLM2, and Gemma's vocabulary. `--all` has every
+contender of every case, and more shapes; it takes hours on a CPU. `--quick` has a tiny shape.
 """
 
 from __future__ import annotations
