@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.cases import selection
 from bench.measure import Turns
 from bench.problems import Shape, make
 from bench.report import Results
@@ -19,25 +20,36 @@ from dudi_kernels import Verbalizer, linear_distill_loss
 
 TEACHER, STUDENT = 151_936, 131_072  # rows of the heads, padded
 D, E = 896, 2048
+SMALL = 4000, 3000  # to see that everything runs
 
 
-@lru_cache(maxsize=1)
-def _verbalizer() -> Verbalizer:
+@lru_cache(maxsize=2)
+def _verbalizer(quick: bool) -> Verbalizer:
+    if quick:
+        ids = torch.arange(SMALL[0])
+        return Verbalizer.from_coo(
+            ids, ids % 1999, torch.ones(len(ids)), teacher_size=SMALL[0], student_size=SMALL[1]
+        )
     return Verbalizer.from_tokenizers(qwen(), tekken(), teacher_size=TEACHER, student_size=STUDENT)
 
 
 @pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
 def test_verbalizer(
-    divergence: str, results: Results, dtype: torch.dtype, device: str, rounds: int
+    divergence: str,
+    results: Results,
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    pytestconfig: pytest.Config,
 ) -> None:
     """Forward and backward, with and without."""
     try:
-        verbalizer = _verbalizer().to(device)
+        verbalizer = _verbalizer(selection(pytestconfig)["quick"]).to(device)
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-    rows = 128
-    x = make(Shape("tekken", rows, STUDENT, D, E), dtype, device)
-    larger = make(Shape("qwen", rows, TEACHER, 1, E), dtype, device)
+    rows, v, u = 128, verbalizer.student_size, verbalizer.teacher_size
+    x = make(Shape("tekken", rows, v, D, E), dtype, device)
+    larger = make(Shape("qwen", rows, u, 1, E), dtype, device)
     teachers: dict[str, tuple[Tensor, Tensor, Verbalizer | None]] = {
         "identity": (x.teacher_hidden, x.teacher_weight, None),
         "many to one": (larger.teacher_hidden, larger.teacher_weight, verbalizer),
@@ -57,7 +69,7 @@ def test_verbalizer(
     pairs = zip(turns.seconds["many to one"], turns.seconds["identity"], strict=True)
     ratios = sorted(own / other for own, other in pairs)
     ratio = ratios[len(ratios) // 2]
-    flops = (3 * STUDENT * D + TEACHER * E) / (3 * STUDENT * D + STUDENT * E)
+    flops = (3 * v * D + u * E) / (3 * v * D + v * E)
     results.tables["Qwen2.5's vocabulary onto tekken's"].append(
         {
             "divergence": divergence,

@@ -149,12 +149,12 @@ def linear_distill_loss(
     }
     if isinstance(teacher_hidden, TopKTeacher):
         ids, log_probs = checks.top_k(teacher_hidden, teacher_head, student, temperatures)
-        for name, given in (
-            ("gradient_tolerance", gradient_tolerance or None),
-            ("verbalizer", verbalizer),
-        ):
-            if given is not None:
-                raise ValueError(f"{name} must not be given with a TopKTeacher, got {given}")
+        if gradient_tolerance:
+            raise ValueError(
+                f"gradient_tolerance must be 0 with a TopKTeacher, got {gradient_tolerance}"
+            )
+        if verbalizer is not None:
+            raise ValueError(f"verbalizer must be None with a TopKTeacher, got {verbalizer}")
         loss, values, skipped = _topk_sweep(
             counted.rows(student), counted.pick(ids), counted.pick(log_probs), **settings
         )
