@@ -28,11 +28,12 @@ def test_a_quick_session(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words, "--results", str(tmp_path)],
         cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},  # -n is not its
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     cases = {(c["shape"], c["contender"]): c for c in summary["cases"]}
     for shape in ("tiny-48", "tiny-48-bf16"):
