@@ -79,6 +79,12 @@ def test_nor_the_maps_of_a_verbalizer(tmp_path):
     assert not any(report["wrong"] or report["spilled"] for report in found)
 
 
+def test_nor_do_sums_of_masked_tokens(tmp_path):
+    """The most that a kernel holds on AMD."""
+    options = ("--divergence", "alpha_beta", "--target", "gfx942", "--variant", "masked")
+    assert of(compiled(tmp_path / "aot.json", *options), kernel="sums", spilled=0)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_projections_run_on_tensor_cores(reports, target):
     for kernel in ("statistics", "sums", "gradient"):

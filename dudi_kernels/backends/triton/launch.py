@@ -104,7 +104,7 @@ def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: boo
     if dtype == torch.float32:
         return _wide_blocks(target, load)
     if target.kind == "hip":
-        return Blocks(128, (64, 64, 64, 64, 32)[load], 64, 4, 2)
+        return Blocks(128, (64, 64, 64, 32, 32)[load], 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
     match target.capability // 10:
