@@ -80,7 +80,7 @@ class Classes(NamedTuple):
             excluded=excluded,
             places=places,
             masked=masked,
-            prefix=_is_prefix(ids, classes, weights, student, size),
+            prefix=verbalizer.prefix_size == verbalizer.student_size,
         )
 
 
@@ -97,27 +97,20 @@ class _Live(NamedTuple):
 
 def _live(verbalizer: Verbalizer) -> _Live:
     """The classes that both sides have, numbered anew, and the bucket."""
-    v, size = verbalizer, verbalizer.num_classes
-    of_entry = torch.repeat_interleave(v.indptr.diff())
-    inside = v.student_class >= 0
-    has_student = torch.bincount(v.student_class[inside], minlength=size) > 0
-    kept = (v.weights > 0) & has_student[of_entry]
-    ids, classes, weights = v.teacher_ids[kept], of_entry[kept], v.weights[kept].double()
-    live = torch.bincount(classes, minlength=size) > 0
+    v, classes, weights = verbalizer, verbalizer.entry_class, verbalizer.weights.double()
+    live = torch.bincount(classes, minlength=v.num_classes) > 0
     count = int(live.sum())
     if not count:
         raise ValueError("verbalizer must give a class that the student has some mass, got none")
-    number = (live.cumsum(0) - 1).masked_fill(~live, -1)
-    student = torch.where(inside, number[v.student_class.clamp(min=0)], -1)
-    found = _Live(ids, number[classes], weights, student, count, False)
-    if v.unmatched == "bucket" and bool((student < 0).any()):
-        return _with_bucket(found, v.teacher_size)
+    number = live.cumsum(0) - 1
+    student = torch.where(v.matched, number[v.student_class.clamp(min=0)], -1)
+    found = _Live(v.teacher_ids, number[classes], weights, student, count, False)
+    if v.unmatched == "bucket" and not bool(v.matched.all()):
+        return _with_bucket(found, 1 - v.columns.row_sums(v.teacher_size))
     return found
 
 
-def _with_bucket(live: _Live, teacher_size: int) -> _Live:
-    mapped = live.weights.new_zeros(teacher_size).index_add(0, live.ids, live.weights)
-    rest = 1 - mapped
+def _with_bucket(live: _Live, rest: Tensor) -> _Live:  # (U,) mass that has no class
     tokens = (rest > LEAST).nonzero()[:, 0]
     return _Live(
         ids=torch.cat([live.ids, tokens]),
@@ -149,9 +142,3 @@ def _groups(ids: Tensor, classes: Tensor, weights: Tensor, count: int) -> tuple[
         plain = bool((log_weights == 0).all())
         groups.append(Group(own, ids[at], None if plain else log_weights))
     return tuple(groups)
-
-
-def _is_prefix(ids: Tensor, classes: Tensor, weights: Tensor, student: Tensor, count: int) -> bool:
-    """Whether slicing the teacher's head says the same."""
-    same = len(student) == count == len(ids) and bool((weights == 1).all())
-    return same and torch.equal(ids, classes) and torch.equal(student, student.sort().values)

@@ -184,7 +184,7 @@ class Verbalizer:
     @cached_property
     def prefix_size(self) -> int | None:
         """n where ids below n are the same token on both sides, whole, and no others are in a
-        class; else None. Such a map costs a kernel nothing."""
+        class; else None. One that holds all of the student's tokens slices the teacher's head."""
         n = len(self.weights)
         if n > min(self.teacher_size, self.student_size, self.num_classes):
             return None

@@ -14,7 +14,8 @@ from dudi_kernels.aot.targets import Gpu, Shape
 from dudi_kernels.backends.triton import maps
 from dudi_kernels.classes import Classes, Group, Shared
 
-WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 2**16)  # the last is a bucket
+BUCKET = 2**16  # members
+WIDTHS = (*(2**i for i in range(maps.WIDEST.bit_length())), BUCKET)
 
 
 def compile_maps(gpu: Gpu, shape: Shape) -> list[Launch]:

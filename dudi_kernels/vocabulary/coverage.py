@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dudi_kernels.vocabulary.sparse import check_weights
 from dudi_kernels.vocabulary.words import script_of_token
 
 Texts = Sequence[bytes | str | None]
@@ -45,10 +46,7 @@ def _frequency(given: Tensor | None, size: int) -> Tensor:  # (U,) float64
     frequency = torch.as_tensor(given).detach().double().cpu()
     if tuple(frequency.shape) != (size,):
         raise ValueError(f"frequency must have shape ({size},), got {tuple(frequency.shape)}")
-    wrong = (~((frequency >= 0) & (frequency < torch.inf))).nonzero()
-    if len(wrong):
-        i = int(wrong[0])
-        raise ValueError(f"frequency must be finite and not negative, got {frequency[i]} at {i}")
+    check_weights("frequency", frequency)
     if not bool(frequency.any()):
         raise ValueError("frequency must be positive for some token, got 0 throughout")
     return frequency

@@ -94,7 +94,7 @@ def from_lists(
             )
     check_range("teacher_ids", rows, 0, teacher_size)
     check_range("student_ids", columns, 0, student_size)
-    check_weights(weights)
+    check_weights("weights", weights)
     return by_columns(rows, columns, weights, student_size)
 
 
@@ -117,11 +117,11 @@ def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must be in [{low}, {high}), got {int(ids[i])} at {i}")
 
 
-def check_weights(weights: Tensor) -> None:
+def check_weights(name: str, weights: Tensor) -> None:
     wrong = (~((weights >= 0) & (weights < torch.inf))).nonzero()
     if len(wrong):
         i = int(wrong[0])
-        raise ValueError(f"weights must be finite and not negative, got {float(weights[i])} at {i}")
+        raise ValueError(f"{name} must be finite and not negative, got {float(weights[i])} at {i}")
 
 
 def check_columns(matrix: Columns, rows: int) -> None:
@@ -133,7 +133,7 @@ def check_columns(matrix: Columns, rows: int) -> None:
             f"{int(indptr[0])} to {int(indptr[-1])}"
         )
     check_range("teacher_ids", ids, 0, rows)
-    check_weights(weights)
+    check_weights("weights", weights)
     column = matrix.column
     falls = ((column[1:] == column[:-1]) & (ids[1:] <= ids[:-1])).nonzero()
     if len(falls):

@@ -124,9 +124,17 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
     if rows == 0:
         return
     arguments = _arguments(setting, state, tile, wanted)
+    over_rows(loaded.dudi_rows, rows, columns, arguments)
+
+
+def over_rows(function: Callable[..., None], rows: int, columns: int, *arguments: Any) -> None:
+    """Call a function of (*arguments, first row, end), which threads share."""
     threads = min(torch.get_num_threads(), rows, max(1, rows * columns // LEAST))
     bounds = [rows * i // threads for i in range(threads + 1)]
-    spread(loaded.dudi_rows, [(arguments, *part) for part in pairwise(bounds)])
+    spread(
+        function,
+        [(*arguments, ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in pairwise(bounds)],
+    )
 
 
 def spread(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:

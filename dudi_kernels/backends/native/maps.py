@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,13 +96,4 @@ def _run(name: str, shape: torch.Size, about: _Map, *others: Any) -> None:
     rows, columns = shape
     if rows == 0:
         return
-    function: Callable[..., None] = getattr(loaded, name)
-    threads = min(torch.get_num_threads(), rows, max(1, rows * columns // native.LEAST))
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    native.spread(
-        function,
-        [
-            (ctypes.byref(about), *others, ctypes.c_int64(a), ctypes.c_int64(b))
-            for a, b in pairwise(bounds)
-        ],
-    )
+    native.over_rows(getattr(loaded, name), rows, columns, ctypes.byref(about), *others)
