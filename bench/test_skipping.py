@@ -24,7 +24,11 @@ RETAIN = 2 / 4  # of 3 G_s + G_t, where G_t = G_s
 RECOMPUTE = 4 / 6  # of 4 G_s + 2 G_t
 
 
-@pytest.mark.parametrize("rows", (128, 512))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    everything = metafunc.config.getoption("--all")
+    metafunc.parametrize("rows", (128, 512) if everything else (128,))
+
+
 @pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl"))
 def test_skipping(
     divergence: str, rows: int, results: Results, dtype: torch.dtype, device: str, rounds: int
