@@ -85,6 +85,7 @@ def run_mismatches(current: dict[str, Any], checkpoint: Path) -> list[str]:
             *resume_mismatches(saved["config"], current["config"]),
             *_adapter_mismatches(saved["adapter"], current["adapter"]),
             *_data_mismatches(saved["data"], current["data"]),
+            *_map_mismatches(saved["map"], current["map"]),
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what DuDiTrainer writes: {error!r}") from error
@@ -109,10 +110,17 @@ def _data_mismatches(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     return [f"the {saved['rows']} rows of training data have other content or another order"]
 
 
+def _map_mismatches(saved: str | None, current: str | None) -> list[str]:
+    if saved == current:
+        return []
+    return ["the map between the vocabularies is another: a tokenizer, a head or the lexicon is"]
+
+
 # ---- run folders ---------------------------------------------------------------------------------
 
 # All that a run writes, and so all that overwriting it removes.
-FILES = ("run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html")
+MAP_FILE = "verbalizer.safetensors"
+FILES = ("run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html", MAP_FILE)
 FOLDERS = ("model", "runs")  # the final model, TensorBoard's events
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 

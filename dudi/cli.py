@@ -1,4 +1,4 @@
-"""The `dudi` command: train, evaluate, report, demo.
+"""The `dudi` command: train, evaluate, verbalize, report, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -39,12 +39,21 @@ class EvaluateArguments:
     dataset_config: str | None = _option("Configuration of a Hub dataset.", None)
     split: str | None = _option("By default test; of a single file, all of it.", None)
     teacher_model_name_or_path: str | None = _option("Measure the KL from this teacher too.", None)
+    teacher_tokenizer_name_or_path: str | None = _option("By default the teacher's own.", None)
     tokenizer_name_or_path: str | None = _option("By default the model's.", None)
     batch_size: int = _option("Rows at a time.", 16)
     max_prompt_length: int | None = _option("Tokens of a prompt at most; null is no limit.", 512)
     max_completion_length: int = _option("Tokens of a reference or generation at most.", 256)
     generate_rows: int | None = _option("Rows a language to generate for chrF; null is all.", None)
     output: str | None = _option("Write the figures to this JSON file.", None)
+
+
+@dataclass(kw_only=True)
+class VerbalizeArguments:
+    rows: int = _option("Rows of each language.", 2)
+    top: int = _option("Likeliest tokens of each distribution.", 5)
+    tokens: int = _option("Tokens of a response in the terminal; the page has all.", 12)
+    page: str = _option("The HTML file to write.", "verbalize.html")
 
 
 @dataclass(kw_only=True)
@@ -99,6 +108,19 @@ def evaluate(words: list[str], console: Console) -> None:
     run_evaluation(**vars(arguments), console=console)
 
 
+def verbalize(words: list[str], console: Console) -> None:
+    from dudi.config import checked, field_types, from_options, read_options
+
+    config_file, overrides = _split_config(words)
+    own = field_types(VerbalizeArguments)
+    options = {"output_dir": "runs/verbalize"} | read_options(config_file, overrides, own)
+    shown = VerbalizeArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
+    script, config = from_options(options)
+    from dudi.inspection import run_inspection
+
+    run_inspection(script, config, **vars(shown), console=console)
+
+
 def report(words: list[str], console: Console) -> None:
     from dudi.config import read_arguments
 
@@ -133,15 +155,25 @@ TRAIN_GROUPS = {
     "Models and data": (
         "model_name_or_path", "model_config", "model_init_kwargs", "disable_dropout",
         "tokenizer_name_or_path", "teacher_model_name_or_path", "teacher_model_init_kwargs",
+        "teacher_tokenizer_name_or_path",
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
-        "dataset_test_split", "max_prompt_length", "max_completion_length", "overlong",
+        "dataset_test_split", "max_prompt_length", "max_completion_length",
+        "max_teacher_prompt_length", "overlong", "chat_template_kwargs",
     ),
     "Signals": (
         "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
         "off_policy_divergence", "on_policy_divergence", "beta", "alpha", "temperature",
         "preference_beta", "preference_length_power", "reference", "reference_sync_steps",
     ),
-    "Verbalizer": ("context_verbalizer", "verbalizer_templates"),
+    "Context verbalizer": ("context_verbalizer", "verbalizer_templates", "verbalizer_chain"),
+    "Refinement of the teacher": (
+        "teacher_temperature", "teacher_top_p", "verbalized_share", "confidence_gating",
+        "teacher_skip_tokens",
+    ),
+    "Vocabulary verbalizer": (
+        "vocabulary_verbalizer", "verbalizer_cache_dir", "unmatched", "max_unpaired", "lexicon",
+        "lexicon_kind", "lexicon_share",
+    ),
     "Sampling": (
         "rollout_temperature", "top_p", "top_k", "log_completions", "num_completions_to_print",
     ),
@@ -195,6 +227,11 @@ def show_train_options(console: Console) -> None:
     )
 
 
+def show_verbalize_options(console: Console) -> None:
+    show_options(console, "What is shown", rows_of(VerbalizeArguments).values())
+    show_train_options(console)
+
+
 def shows(cls: type) -> Callable[[Console], None]:
     return lambda console: show_options(console, "Options", rows_of(cls).values())
 
@@ -219,6 +256,12 @@ COMMANDS = {
         shows(EvaluateArguments),
         "dudi evaluate --model_name_or_path MODEL --dataset_name DATA [--name value ...]",
         "Likelihood, KL from the teacher and chrF on held-out data, for each language.",
+    ),
+    "verbalize": Command(
+        verbalize,
+        show_verbalize_options,
+        "dudi verbalize --config recipe.yaml [--rows N] [--name value ...]",
+        "Show what the teacher reads and says, and what the student learns from it.",
     ),
     "report": Command(
         report,

@@ -25,18 +25,21 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from dudi_kernels import DIVERGENCES
+from dudi_kernels.verbalizer import UNMATCHED
 
 BEST_METRICS = ("loss", "nll_per_char", "nll_per_token", "kl_to_teacher")
 REFERENCES = ("initial", "lagged", "teacher", "none")
 OVERLONG = ("truncate", "drop")
+LEXICON_KINDS = ("lexicon", "concepts")
 COUNTS = (
-    "reference_sync_steps", "max_prompt_length", "max_completion_length", "memory_budget",
+    "reference_sync_steps", "max_prompt_length", "max_completion_length",
+    "max_teacher_prompt_length", "memory_budget",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "save_total_limit",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "num_completions_to_print", "weight_decay", "max_grad_norm", "warmup_steps",
-    "dataloader_num_workers",
+    "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating",
 )  # fmt: skip
 WEIGHTS = ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight")
 
@@ -109,6 +112,9 @@ class DuDiConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | None = _field(
         None, "Keyword arguments of from_pretrained for the teacher."
     )
+    teacher_tokenizer_name_or_path: str | None = _field(
+        None, "By default the teacher's own; where it has none, the student's."
+    )
     disable_dropout: bool = _field(True, "Set every dropout of the student to 0.")
 
     # signals
@@ -150,9 +156,17 @@ class DuDiConfig(TrainingArguments):
     # data
     max_prompt_length: int | None = _field(512, "Tokens of a prompt at most; None is no limit.")
     max_completion_length: int | None = _field(256, "Tokens of y+ and y- at most.")
-    overlong: str = _field("truncate", "What happens to longer rows: truncate or drop.")
+    max_teacher_prompt_length: int | None = _field(
+        1024, "Tokens of what the teacher reads before a response, at most."
+    )
+    overlong: str = _field(
+        "truncate", "What happens to longer rows: truncate (prompts lose their middle) or drop."
+    )
+    chat_template_kwargs: dict[str, Any] | None = _field(
+        None, "Switches of both chat templates, such as {enable_thinking: false}."
+    )
 
-    # verbalizer
+    # context verbalizer
     context_verbalizer: bool | None = _field(
         None,
         "Whether the teacher reads the context verbalizer's prompt. None: where the data has a "
@@ -160,6 +174,59 @@ class DuDiConfig(TrainingArguments):
     )
     verbalizer_templates: dict[str, str] | None = _field(
         None, "jinja2 templates by language code, in place of the built-in ones."
+    )
+    verbalizer_chain: list[dict[str, str]] | None = _field(
+        None,
+        "Turns in place of the last user turn, each {role: template}; `template` stands for the "
+        "language's template, which is the only turn by default.",
+    )
+
+    # refinement of what the teacher says
+    teacher_skip_tokens: int = _field(
+        0, "Leave the divergence of the first tokens of each response out."
+    )
+    teacher_temperature: float | None = _field(
+        None, "Temperature of the teacher's side of the divergences; by default `temperature`."
+    )
+    teacher_top_p: float = _field(
+        1.0, "Restrict the teacher to its likeliest tokens of this mass, in (0, 1]."
+    )
+    verbalized_share: float = _field(
+        1.0,
+        "Share w of the verbalized teacher beside the plain one, which reads the student's prompt: "
+        "log p = w log p_verbalized + (1 - w) log p_plain + constant.",
+    )
+    confidence_gating: float = _field(
+        0.0,
+        "The power g in min(1, p_verbalized(y) / p_plain(y))^g, which weighs the rows of y+ in the "
+        "divergence; 0 is off.",
+    )
+
+    # vocabulary verbalizer
+    vocabulary_verbalizer: bool | str | None = _field(
+        None,
+        "A map from the teacher's vocabulary to the student's, as Verbalizer.save writes it. None: "
+        "made where tokenizers or sizes of heads differ; false: those are refused.",
+    )
+    verbalizer_cache_dir: str | None = _field(
+        "~/.cache/dudi", "Keeps the maps between tokenizers; null keeps none."
+    )
+    unmatched: str = _field(
+        "bucket",
+        "What becomes of mass without a partner in the other vocabulary: bucket (one class for all "
+        "of it) or renormalize.",
+    )
+    lexicon: str | None = _field(
+        None, "A TSV file of pivot word, target word, language: what means the same."
+    )
+    lexicon_kind: str = _field(
+        "lexicon",
+        "lexicon: a pivot word gives lexicon_share of its mass to its translations; concepts: the "
+        "words of one meaning are one class.",
+    )
+    lexicon_share: float = _field(0.5, "What a pivot word gives, in (0, 1].")
+    max_unpaired: float = _field(
+        0.1, "Share of responses whose bytes a normalizing teacher tokenizer may change."
     )
 
     memory_budget: int = _field(256 * 2**20, "Bytes of workspace for the fused loss.")
@@ -205,6 +272,13 @@ class DuDiConfig(TrainingArguments):
         return self.off_policy_weight > 0 or self.ce_weight > 0 or self.preference_weight > 0
 
     @property
+    def needs_plain_teacher(self) -> bool:
+        """Whether the teacher also reads the student's own prompt."""
+        return self.verbalized_share < 1 or (
+            self.confidence_gating > 0 and self.off_policy_weight > 0
+        )
+
+    @property
     def taught_sides(self) -> tuple[int, ...]:
         """Which of y+ (0) and y- (1) the teacher has to score; the other costs it nothing."""
         if self.preference_weight > 0 and self.reference == "teacher":
@@ -239,8 +313,12 @@ class DuDiConfig(TrainingArguments):
             _between("max_steps", self.max_steps, 1, math.inf)
         for name in ("temperature", "rollout_temperature", "preference_beta"):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
-        _between("gradient_tolerance", self.gradient_tolerance, 0, 1)
-        _between("top_p", self.top_p, 0, 1, low_open=True)
+        if self.teacher_temperature is not None:
+            _between("teacher_temperature", self.teacher_temperature, 0, math.inf, low_open=True)
+        for name in ("gradient_tolerance", "verbalized_share", "max_unpaired"):
+            _between(name, getattr(self, name), 0, 1)
+        for name in ("top_p", "teacher_top_p", "lexicon_share"):
+            _between(name, getattr(self, name), 0, 1, low_open=True)
         _between("top_k", self.top_k, 0, math.inf)
         for name in COUNTS:
             if getattr(self, name) is not None:
@@ -251,6 +329,8 @@ class DuDiConfig(TrainingArguments):
             )
         _one_of("reference", self.reference, REFERENCES)
         _one_of("overlong", self.overlong, OVERLONG)
+        _one_of("unmatched", self.unmatched, UNMATCHED)
+        _one_of("lexicon_kind", self.lexicon_kind, LEXICON_KINDS)
         for name in ("off_policy_divergence", "on_policy_divergence"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), DIVERGENCES)
@@ -265,6 +345,11 @@ class DuDiConfig(TrainingArguments):
             raise ValueError(f"beta must be strictly between 0 and 1 with jsd, got {beta}")
         if any(name.startswith("skew") for name in (off, on)) and not 0 < self.alpha < 1:
             raise ValueError(f"alpha must be strictly between 0 and 1, got {self.alpha}")
+        if self.teacher_top_p < 1 and self.preference_weight > 0 and self.reference == "teacher":
+            raise ValueError(
+                f"teacher_top_p must be 1 with reference='teacher', got {self.teacher_top_p}: a "
+                "teacher that is cut short has no probability for some responses"
+            )
         if self.needs_samples and self.max_completion_length is None:
             raise ValueError("max_completion_length must be a number where samples are drawn")
 
@@ -437,9 +522,16 @@ def checked(options: dict[Any, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
 def parse(config_file: str | None, overrides: list[str]) -> tuple[ScriptArguments, DuDiConfig]:
     """A recipe file with overrides, as the command line gives them."""
+    return from_options(read_options(config_file, overrides))
+
+
+def read_options(
+    config_file: str | None, overrides: list[str], more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options of a recipe file and of words, unchecked; `more`: types of a command's own."""
     options = read_config_file(config_file) if config_file else {}
-    wanted = field_types(ScriptArguments) | field_types(DuDiConfig)
-    return from_options(options | read_words(overrides, wanted))
+    wanted = field_types(ScriptArguments) | field_types(DuDiConfig) | (more or {})
+    return options | read_words(overrides, wanted)
 
 
 def from_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:
@@ -470,6 +562,7 @@ FREE_TO_CHANGE = (
     "per_device_eval_batch_size", "load_best", "metric_for", "greater_is_better", "include_",
     "skip_memory", "do_", "debug",
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
+    "verbalizer_cache_dir",
 )  # fmt: skip
 
 
@@ -480,7 +573,7 @@ def to_public_dict(config: DuDiConfig) -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name, None)
         default = f.default if f.default is not dataclasses.MISSING else None
-        if f.init and "token" not in f.name and (f.name in own or value != default):
+        if f.init and not f.name.endswith("token") and (f.name in own or value != default):
             values[f.name] = json_safe(value)
     return values
 

@@ -1,8 +1,8 @@
-"""From rows of text to token ids: loading, preparing and collating.
+"""Datasets: loading, preparing and collating.
 
 `load_data` reads a file, a saved dataset or a Hub id. `prepare_dataset` checks every row, makes the
-ids of prompt and completion (and of the verbalized prompt that the teacher sees), enforces the
-length limits and counts what they cost. `DuDiCollator` pads a batch. Everything that can be wrong
+ids of prompt and completion (and of what the teacher reads: rows.py), enforces the length limits
+and counts what they cost. `DuDiCollator` pads a batch. Everything that can be wrong
 with the data is found here, before training, with the row that is wrong.
 """
 
@@ -15,13 +15,13 @@ import json
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
-import jinja2
 import torch
 from datasets import (
     Dataset,
@@ -36,7 +36,9 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from dudi.models import looks_like_a_path
-from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
+from dudi.pairing import Pairing
+from dudi.rows import Example, Prompt, Reader, TeacherPrompts, language_of, student_ids
+from dudi.verbalize import ContextVerbalizer
 
 READERS = {
     ".jsonl": "json",
@@ -51,13 +53,16 @@ COLUMNS = Features(
         "prompt_ids": List(Value("int32")),
         "completion_ids": List(Value("int32")),
         "teacher_prompt_ids": List(Value("int32")),
+        "plain_prompt_ids": List(Value("int32")),
         "language": Value("string"),
         "prompt_text": Value("string"),
         "completion_text": Value("string"),
         "row": Value("int64"),
     }
 )
-FLAGS = ("truncated_prompts", "truncated_completions", "long_teacher_prompts")
+OVERLONG = ("truncated_prompts", "truncated_completions", "truncated_teacher_prompts")
+UNPAIRED = "unpaired_responses"
+FLAGS = (*OVERLONG, UNPAIRED)
 
 # ---- loading -----------------------------------------------------------------------------------
 
@@ -198,176 +203,16 @@ def _load_hub(hub_id: str, name: str | None, split: str) -> Dataset:
         ) from error
 
 
-# ---- rows --------------------------------------------------------------------------------------
-
-
-class Example(NamedTuple):
-    """A row, checked: its texts, and its messages where it is a conversation."""
-
-    prompt: str  # of a conversation: the last user turn
-    completion: str
-    prompt_messages: list[dict[str, Any]] | None
-    completion_message: dict[str, Any] | None
-
-
-def _describe(value: Any) -> str:
-    return "nothing (null)" if value is None else type(value).__name__
-
-
-def _messages(value: Any, field: str) -> list[dict[str, Any]]:
-    """Messages without the nulls that Arrow adds to keys only other messages have."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{field} must be a list of messages, got {_describe(value)}")
-    cleaned = []
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(
-                f"{field} must be a list of messages with a role and content, "
-                f"got one that is {message!r}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise TypeError(
-                f"the content of each message in {field} must be text, "
-                f"got {_describe(message.get('content'))}"
-            )
-        cleaned.append({key: item for key, item in message.items() if item is not None})
-    if not cleaned:
-        raise ValueError(f"{field} must hold at least one message, got none")
-    return cleaned
-
-
-def _example(row: Mapping[str, Any]) -> Example:
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
-            if not isinstance(completion, str):
-                raise TypeError(f"completion must be text like prompt, got {_describe(completion)}")
-            return _checked(Example(prompt, completion, None, None))
-        if not isinstance(prompt, Sequence):
-            raise TypeError(f"prompt must be text or a list of messages, got {_describe(prompt)}")
-        before, answers = _messages(prompt, "prompt"), _messages(completion, "completion")
-        if len(answers) != 1:
-            raise ValueError(
-                f"completion must hold one message, got {len(answers)}; earlier turns belong to "
-                "prompt"
-            )
-    else:
-        turns = _messages(row["messages"], "messages")
-        before, answers = turns[:-1], turns[-1:]
-        if not before:
-            raise ValueError("messages must hold a prompt before the last turn, got one message")
-    if answers[0]["role"] != "assistant":
-        raise ValueError(
-            f"the last turn must have the role 'assistant', got {answers[0]['role']!r}"
-        )
-    if before[-1]["role"] == "assistant":
-        raise ValueError("the turn before the completion must not have the role 'assistant'")
-    user = [message["content"] for message in before if message["role"] == "user"]
-    text = user[-1] if user else before[-1]["content"]
-    return _checked(Example(text, answers[0]["content"], before, answers[0]))
-
-
-def _checked(example: Example) -> Example:
-    if not example.completion.strip():
-        raise ValueError(f"completion must not be empty, got {example.completion!r}")
-    return example
-
-
-def _context_text(row: Mapping[str, Any], field: str) -> str | None:
-    """A verbalizer's field as text; of messages the last one's."""
-    value = row.get(field)
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        return _messages(value, field)[-1]["content"]
-    raise TypeError(f"{field} must be text or a list of messages, got {_describe(value)}")
-
-
-def _verbalized_messages(example: Example, text: str) -> list[dict[str, Any]]:
-    """The conversation with its last user turn replaced by `text`."""
-    if example.prompt_messages is None:
-        return [{"role": "user", "content": text}]
-    messages = list(example.prompt_messages)
-    for i in reversed(range(len(messages))):
-        if messages[i]["role"] == "user":
-            messages[i] = {**messages[i], "content": text}
-            return messages
-    raise ValueError("prompt must hold a user turn for the verbalizer to replace, got none")
-
-
-# ---- token ids ---------------------------------------------------------------------------------
-
-
-def _chat_text(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"the tokenizer's chat template refuses the row: {error}") from error
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _plain_prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """With the tokenizer's BOS, and without the EOS that some add to every text."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    if ids[-1:] == [tokenizer.eos_token_id] and ids[-1:] != _ids(tokenizer, text)[-1:]:
-        ids.pop()
-    return ids
-
-
-def _conversation_ids(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
-    assert example.prompt_messages is not None and example.completion_message is not None
-    before = _chat_text(tokenizer, example.prompt_messages, True)
-    whole = _chat_text(tokenizer, [*example.prompt_messages, example.completion_message], False)
-    prompt, everything = _ids(tokenizer, before), _ids(tokenizer, whole)
-    if everything[: len(prompt)] == prompt:
-        return prompt, everything[len(prompt) :]
-    if whole.startswith(before):  # one token spans the border: split it, as generation does
-        rest = _ids(tokenizer, whole[len(before) :])
-        if tokenizer.decode([*prompt, *rest]) == tokenizer.decode(everything):
-            return prompt, rest
-    pairs = enumerate(zip(before, whole, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole)))
-    raise ValueError(
-        "the tokenizer's chat template must render a prompt as the start of prompt and completion; "
-        f"here the prompt goes on with {before[same:][:40]!r} where the whole has "
-        f"{whole[same:][:40]!r}. Set a chat template without this difference, or give prompt and "
-        "completion as plain text"
-    )
-
-
-def _ends_once(tokenizer: Any, ids: list[int]) -> list[int]:
-    """The completion with EOS once, last: what a template puts after it (a newline) goes."""
-    eos = tokenizer.eos_token_id
-    if eos not in ids:
-        return [*ids, eos]
-    end = ids.index(eos) + 1
-    after = tokenizer.decode(ids[end:], skip_special_tokens=True)
-    if after.strip():
-        raise ValueError(
-            f"completion must not hold the end-of-sequence token {tokenizer.eos_token!r} before "
-            f"its end: {after[:40]!r} after it would never be generated"
-        )
-    return ids[:end]
-
-
-def _teacher_ids(tokenizer: Any, example: Example, text: str) -> list[int]:
-    messages = _verbalized_messages(example, text)
-    if getattr(tokenizer, "chat_template", None):
-        return _ids(tokenizer, _chat_text(tokenizer, messages, True))
-    return _plain_prompt_ids(tokenizer, "\n\n".join(message["content"] for message in messages))
+# ---- preparing ---------------------------------------------------------------------------------
 
 
 @dataclass
 class _Preparer:
     """Turns a batch of rows into ids; one object, so that `map` can send it to other processes."""
 
-    tokenizer: Any
-    teacher_tokenizer: Any
-    verbalizer: ContextVerbalizer | None
-    max_prompt_length: int | None
+    reader: Reader
+    teacher: TeacherPrompts
+    pairing: Pairing | None  # where the teacher has another tokenizer
     max_completion_length: int | None
     drop: bool
     split_name: str
@@ -380,60 +225,37 @@ class _Preparer:
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"row {row} of the {self.split_name} dataset: {error}") from error
-            if not (self.drop and (made[FLAGS[0]] or made[FLAGS[1]])):
+            if not (self.drop and any(made[flag] for flag in OVERLONG)):
                 made["row"] = row
                 for name, values in out.items():
                     values.append(made[name])
         return out
 
     def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        example = _example(row)
-        language = row.get("language")
-        if language is not None and not isinstance(language, str):
-            raise TypeError(f"language must be text, got {_describe(language)}")
-        prompt, completion = self._student_ids(example)
-        kept = prompt[-self.max_prompt_length :] if self.max_prompt_length else prompt
+        example, language = Example.of(row), language_of(row)
+        prompt, completion = student_ids(self.reader, example)
         answer = completion[: self.max_completion_length]
-        seen = self._verbalized(row, example, language) if self.verbalizer else kept
+        plain = prompt if self.pairing is None else self.teacher.plain(row)
+        seen = self._seen(row, example, plain)
         return {
-            "prompt_ids": kept,
+            "prompt_ids": prompt.ids,
             "completion_ids": answer,
-            "teacher_prompt_ids": seen,
+            "teacher_prompt_ids": seen.ids,
+            "plain_prompt_ids": plain.ids,
             "language": language or "",
             "prompt_text": example.prompt,
             "completion_text": example.completion,
-            "truncated_prompts": len(kept) < len(prompt),
+            "truncated_prompts": prompt.cut,
             "truncated_completions": len(answer) < len(completion),
-            "long_teacher_prompts": len(seen) > (self.max_prompt_length or len(seen)),
+            "truncated_teacher_prompts": seen.cut and seen is not prompt,
+            UNPAIRED: self.pairing is not None and bool(self.pairing([answer]).differs),
         }
 
-    def _student_ids(self, example: Example) -> tuple[list[int], list[int]]:
-        if example.prompt_messages is not None:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ValueError(
-                    "the tokenizer must have a chat template for conversational rows, got none; "
-                    "set tokenizer.chat_template or give prompt and completion as plain text"
-                )
-            prompt, completion = _conversation_ids(self.tokenizer, example)
-        else:
-            prompt = _plain_prompt_ids(self.tokenizer, example.prompt)
-            completion = _ids(self.tokenizer, example.completion)
-        if not prompt:
-            raise ValueError(
-                "prompt must give at least one token, got an empty prompt and a tokenizer without "
-                "a beginning-of-sequence token"
-            )
-        return prompt, _ends_once(self.tokenizer, completion)
-
-    def _verbalized(self, row: Mapping[str, Any], example: Example, language: Any) -> list[int]:
-        assert self.verbalizer is not None
-        context = {field: _context_text(row, field) for field in CONTEXT_FIELDS}
-        fields = {**row, **context, "prompt": example.prompt, "completion": example.completion}
-        text = self.verbalizer.render(fields, language)
-        ids = _teacher_ids(self.teacher_tokenizer, example, text)
-        if not ids:
-            raise ValueError(f"the verbalizer's prompt must give at least one token, got {text!r}")
-        return ids
+    def _seen(self, row: Mapping[str, Any], example: Example, plain: Prompt) -> Prompt:
+        """What the teacher reads; a template that shows a sample gets the reference here."""
+        if self.teacher.verbalizer is None:
+            return plain
+        return self.teacher.verbalized(row, example.completion)
 
 
 # ---- datasets ----------------------------------------------------------------------------------
@@ -445,8 +267,12 @@ def prepare_dataset(
     *,
     teacher_tokenizer: Any = None,  # default: the student's
     verbalizer: ContextVerbalizer | None = None,
+    pairing: Pairing | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    max_teacher_prompt_length: int | None = None,
+    max_unpaired: float = 1.0,
     overlong: str = "truncate",
     split_name: str = "train",
     num_proc: int | None = None,
@@ -462,24 +288,41 @@ def prepare_dataset(
     ends with EOS exactly once, unless it was truncated.
 
     Columns of the result: prompt_ids, completion_ids, teacher_prompt_ids (the verbalized prompt, or
-    prompt_ids without a verbalizer), language ("" without), prompt_text, completion_text, row (the
-    index in `dataset`).
+    plain_prompt_ids without a verbalizer), plain_prompt_ids (the student's prompt in the teacher's
+    tokens), language ("" without), prompt_text, completion_text, row (the index in `dataset`).
 
-    Limits are in tokens. overlong="truncate" keeps the end of a prompt and the start of a
-    completion; "drop" leaves the row out. A verbalized prompt is never cut, since either end
-    matters (the item comes first, the instruction last); those above max_prompt_length are counted.
+    teacher_tokenizer, pairing: of a teacher with a tokenizer of its own, which pairing has read
+    already; responses are checked then. `max_unpaired` is the share of them whose bytes the
+    teacher's tokenizer may change. chat_template_kwargs: switches of both chat templates, such as
+    `{"enable_thinking": False}`.
 
-    Counts: rows (of the result), truncated_prompts, truncated_completions, dropped,
-    long_teacher_prompts.
+    Limits are in tokens. overlong="truncate" takes the middle out of a prompt, so that what comes
+    first, what is asked last and the start of the answer that a chat template writes stay, and
+    keeps the start of a completion; "drop" leaves the row out.
+
+    Counts: rows (of the result), truncated_prompts, truncated_completions,
+    truncated_teacher_prompts, unpaired_responses, dropped.
     Raises ValueError or TypeError naming the row and what is wrong with it.
     """
-    _check_arguments(dataset, tokenizer, max_prompt_length, max_completion_length, overlong)
-    _check_columns(dataset, verbalizer, split_name)
-    preparer = _Preparer(
+    _check_arguments(
+        dataset,
         tokenizer,
+        overlong,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+        max_teacher_prompt_length=max_teacher_prompt_length,
+    )
+    _check_columns(dataset, verbalizer, split_name)
+    switches = dict(chat_template_kwargs or {})
+    teacher_reader = Reader(
         tokenizer if teacher_tokenizer is None else teacher_tokenizer,
-        verbalizer,
-        max_prompt_length,
+        switches,
+        max_teacher_prompt_length,
+    )
+    preparer = _Preparer(
+        Reader(tokenizer, switches, max_prompt_length),
+        TeacherPrompts(teacher_reader, verbalizer),
+        pairing,
         max_completion_length,
         overlong == "drop",
         split_name,
@@ -502,10 +345,29 @@ def prepare_dataset(
     if not len(prepared):
         raise ValueError(
             f"no row of the {split_name} dataset is left: all {len(dataset)} exceed "
-            f"max_prompt_length={max_prompt_length} or "
-            f"max_completion_length={max_completion_length} and overlong='drop'"
+            f"max_prompt_length={max_prompt_length}, "
+            f"max_completion_length={max_completion_length} or "
+            f"max_teacher_prompt_length={max_teacher_prompt_length} and overlong='drop'"
         )
+    _check_unpaired(prepared, counts, max_unpaired, split_name)
     return prepared.remove_columns(list(FLAGS)), counts
+
+
+def _check_unpaired(
+    prepared: Dataset, counts: Mapping[str, int], most: float, split_name: str
+) -> None:
+    """Responses that the teacher's tokenizer spells in other bytes."""
+    if not counts[UNPAIRED]:
+        return
+    flags, numbers = (prepared.with_format(None)[name][:] for name in (UNPAIRED, "row"))
+    rows = [number for number, flag in zip(numbers, flags, strict=True) if flag]
+    told = (
+        f"the teacher's tokenizer changes the bytes of {counts[UNPAIRED]} of {counts['rows']} "
+        f"responses of the {split_name} dataset (it normalizes text; row {rows[0]} is the first)"
+    )
+    if counts[UNPAIRED] > most * counts["rows"]:
+        raise ValueError(f"{told}: more than max_unpaired={most} allows")
+    warnings.warn(f"{told}: the teacher says nothing about them", stacklevel=3)
 
 
 def content_hash(dataset: Dataset) -> str:
@@ -528,13 +390,7 @@ def _scratch() -> Path:
     return Path(folder)
 
 
-def _check_arguments(
-    dataset: Any,
-    tokenizer: Any,
-    max_prompt_length: int | None,
-    max_completion_length: int | None,
-    overlong: str,
-) -> None:
+def _check_arguments(dataset: Any, tokenizer: Any, overlong: str, **limits: int | None) -> None:
     if isinstance(dataset, DatasetDict):
         raise TypeError(
             "dataset must be one split, got a DatasetDict: pass one of "
@@ -545,10 +401,7 @@ def _check_arguments(
             f"dataset must be a datasets.Dataset, got {type(dataset).__name__}; "
             "Dataset.from_list makes one of a list of dicts"
         )
-    for name, limit in (
-        ("max_prompt_length", max_prompt_length),
-        ("max_completion_length", max_completion_length),
-    ):
+    for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise ValueError(f"{name} must be at least 1 or None, got {limit}")
     if overlong not in ("truncate", "drop"):
@@ -600,9 +453,10 @@ def _check_languages(dataset: Dataset, verbalizer: ContextVerbalizer, split_name
 class DuDiCollator:
     """Pads prepared rows into one batch: prompts on the left, completions on the right.
 
-    Returns prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask, completion_ids,
-    completion_mask (B, length) and row (B,), all int64. Masks come from lengths, never from
-    comparing with the pad id, so a pad token that is also EOS costs no EOS.
+    Returns prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask, plain_prompt_ids,
+    plain_prompt_mask, completion_ids, completion_mask (B, length) and row (B,), all int64. Masks
+    come from lengths, never from comparing with the pad id, so a pad token that is also EOS costs
+    no EOS.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -616,8 +470,8 @@ class DuDiCollator:
     def __call__(self, features: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = list(features)
         batch: dict[str, Tensor] = {}
-        for name, left in (("prompt", True), ("teacher_prompt", True), ("completion", False)):
-            ids, mask = self._pad([row[f"{name}_ids"] for row in rows], left)
+        for name in ("prompt", "teacher_prompt", "plain_prompt", "completion"):
+            ids, mask = self._pad([row[f"{name}_ids"] for row in rows], name != "completion")
             batch[f"{name}_ids"], batch[f"{name}_mask"] = ids, mask
         batch["row"] = torch.tensor([int(row["row"]) for row in rows])
         return batch

@@ -1,9 +1,11 @@
 """Held-out figures for each language: likelihood, divergence from the teacher, translation quality.
 
 Negative log-likelihood and KL come from the fused kernels over the reference's tokens (its eos
-included), both models under the student's own prompt; no logits exist. chrF (sacrebleu) compares
-greedy generations with the references. Sums are kept by language; a mean over languages gives each
-the same weight. Rows are batched by length: batch_size changes speed, not figures.
+included), both models under the student's own prompt; no logits exist. A teacher with another
+tokenizer reads prompt and reference in its own tokens; KL is then over the rows that both have.
+chrF (sacrebleu) compares greedy generations with the references. Sums are kept by language; a mean
+over languages gives each the same weight. Rows are batched by length: batch_size changes speed, not
+figures.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from rich.table import Column, Table
 from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
+from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import write_text
 from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
 from dudi.models import load_model, load_tokenizer
 from dudi.rollout import generate, inference_mode_of
 from dudi.signals import lm_head, pack, response_hidden
+from dudi.teaching import Responses, make_lesson, teach
 from dudi_kernels import linear_distill_loss, linear_log_prob
 
 Progress = Callable[[int, int], None]
@@ -67,25 +71,36 @@ def _tensors(rows: list[dict[str, Any]], name: str) -> list[Tensor]:
     return [torch.tensor(row[name], dtype=torch.long) for row in rows]
 
 
-def _row_scores(model: Any, teacher: Any, rows: list[dict[str, Any]], pad: int) -> Tensor:
-    """(B, 2) summed NLL and KL of each row's reference."""
+def _row_scores(
+    model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
+) -> Tensor:
+    """(B, 3) summed NLL and KL of each row's reference, and over how many tokens the KL is."""
     device = next(model.parameters()).device
-    packed = pack(_tensors(rows, "prompt_ids"), _tensors(rows, "completion_ids"), pad).to(device)
+    texts = _tensors(rows, "completion_ids")
+    packed = pack(_tensors(rows, "prompt_ids"), texts, pad).to(device)
     hidden, head = response_hidden(model, packed), lm_head(model)
+    taught = torch.ones(len(hidden), device=device)
     if teacher is None or teacher is model:
         nll = -linear_log_prob(hidden, head, packed.targets)
         kl = torch.full_like(nll, 0.0 if teacher is model else math.nan)
     else:
+        responses = Responses(texts, list(range(len(rows))), [2 * i for i in range(len(rows))])
+        seen = _tensors(rows, "plain_prompt_ids")
+        lesson = make_lesson(responses, (0,), seen, None, bridge.pairing, pad)
+        guide = teach(teacher, lesson, len(hidden), device)
+        v = bridge.verbalizer
         values = linear_distill_loss(
             hidden,
             head,
-            response_hidden(teacher, packed),
-            lm_head(teacher),
+            guide.hidden,
+            guide.head,
             targets=packed.targets,
+            verbalizer=None if v is None else v.to(device),
         )
-        nll, kl = -values.log_prob, values.divergence
-    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
-    sums.index_add_(0, packed.segment_ids, torch.stack([nll, kl], 1).double())
+        taught = taught if guide.weight is None else guide.weight
+        nll, kl = -values.log_prob, torch.where(taught > 0, values.divergence, 0)
+    sums = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
+    sums.index_add_(0, packed.segment_ids, torch.stack([nll, kl, taught], 1).double())
     return sums.cpu()
 
 
@@ -99,6 +114,7 @@ def _chars(tokenizer: Any, row: dict[str, Any]) -> int:
 def _likelihoods(
     model: Any,
     teacher: Any,
+    bridge: Bridge,
     tokenizer: Any,
     dataset: list[dict[str, Any]],
     batch_size: int,
@@ -107,20 +123,21 @@ def _likelihoods(
     """Figures by language; chrF is still unknown."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for rows in _batches(dataset, batch_size):
-        scores = _row_scores(model, teacher, rows, _pad(tokenizer)).tolist()
-        for row, (nll, kl) in zip(rows, scores, strict=True):
+        scores = _row_scores(model, teacher, bridge, rows, _pad(tokenizer)).tolist()
+        for row, (nll, kl, taught) in zip(rows, scores, strict=True):
             own = totals[row["language"] or ALL]
             own["rows"] += 1
             own["tokens"] += len(row["completion_ids"])
             own["chars"] += _chars(tokenizer, row)
             own["nll"] += nll
             own["kl"] += kl
+            own["taught"] += taught
         tell(len(rows))
     return {
         language: {
             "nll_per_char": own["nll"] / max(own["chars"], 1),
             "nll_per_token": own["nll"] / own["tokens"],
-            "kl_to_teacher": own["kl"] / own["tokens"],
+            "kl_to_teacher": own["kl"] / own["taught"] if own["taught"] else math.nan,
             "chrf": math.nan,
             "rows": own["rows"],
             "tokens": own["tokens"],
@@ -204,7 +221,14 @@ def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
     return tell
 
 
-def _check(model: Any, teacher: Any, rows: list[Any], batch_size: int, limit: int | None) -> None:
+def _check(
+    model: Any,
+    teacher: Any,
+    bridge: Bridge,
+    rows: list[Any],
+    batch_size: int,
+    limit: int | None,
+) -> None:
     if not rows:
         raise ValueError("dataset must not be empty")
     missing = [name for name in COLUMNS if name not in rows[0]]
@@ -223,7 +247,8 @@ def _check(model: Any, teacher: Any, rows: list[Any], batch_size: int, limit: in
             f"dataset must hold ids of the model's vocabulary of {size}, got {largest}: "
             "its tokenizer belongs to another model"
         )
-    if teacher is not None and lm_head(teacher).vocab_size != size:
+    mapped = bridge.verbalizer is not None
+    if teacher is not None and not mapped and lm_head(teacher).vocab_size != size:
         raise ValueError(
             f"teacher must share the model's vocabulary of {size}, "
             f"got {lm_head(teacher).vocab_size}"
@@ -236,6 +261,7 @@ def evaluate_model(
     dataset: Any,
     *,
     teacher: Any = None,
+    bridge: Bridge | None = None,
     batch_size: int = 16,
     generate: bool = True,
     generate_rows: int | None = None,
@@ -255,6 +281,9 @@ def evaluate_model(
     Args:
         teacher: for `kl_to_teacher`, forward KL(teacher || model) in nats a token on the
             references, both under the student's prompt; NaN without one, 0 for the teacher itself.
+        bridge: `dudi.bridge.build_bridge` of a teacher with another tokenizer or size of head,
+            which the dataset was prepared with; KL is then between the classes of its map, over
+            the tokens that pair.
         generate: also write completions greedily and score them with chrF.
         generate_rows: the first rows of each language that are generated; None is all.
         max_completion_length: tokens of a generation.
@@ -269,11 +298,12 @@ def evaluate_model(
             of another vocabulary.
     """
     rows = list(dataset)
-    _check(model, teacher, rows, batch_size, generate_rows)
+    bridge = Bridge(tokenizer) if bridge is None else bridge
+    _check(model, teacher, bridge, rows, batch_size, generate_rows)
     chosen = _first_rows(rows, generate_rows) if generate else []
     tell = _counter(len(rows) + len(chosen), progress)
     with inference_mode_of(model), inference_mode_of(model if teacher is None else teacher):
-        figures = _likelihoods(model, teacher, tokenizer, rows, batch_size, tell)
+        figures = _likelihoods(model, teacher, bridge, tokenizer, rows, batch_size, tell)
         samples = _generations(model, tokenizer, chosen, batch_size, max_completion_length, tell)
     for language, score in _chrf(samples).items():
         figures[language]["chrf"] = score
@@ -312,6 +342,7 @@ def run_evaluation(
     dataset_name: str,
     *,
     teacher_model_name_or_path: str | None = None,
+    teacher_tokenizer_name_or_path: str | None = None,
     dataset_config: str | None = None,
     split: str | None = None,
     tokenizer_name_or_path: str | None = None,
@@ -337,18 +368,22 @@ def run_evaluation(
         else load_tokenizer(model_name_or_path, "model_name_or_path")
     )
     split = split or ("train" if holds_one_split(dataset_name) else "test")
+    data = load_data(dataset_name, name=dataset_config, split=split)
+    model = _load(model_name_or_path, "model_name_or_path")
+    teacher, bridge = None, Bridge(tokenizer)
+    if teacher_model_name_or_path:
+        teacher = _load(teacher_model_name_or_path, "teacher_model_name_or_path")
+        own = teacher_tokenizer_name_or_path
+        bridge = build_bridge(model, teacher, tokenizer, own, MapSettings())
     dataset, _ = prepare_dataset(
-        load_data(dataset_name, name=dataset_config, split=split),
+        data,
         tokenizer,
-        verbalizer=None,
+        teacher_tokenizer=bridge.tokenizer,
+        pairing=bridge.pairing,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
         split_name="evaluation",
     )
-    model = _load(model_name_or_path, "model_name_or_path")
-    teacher = None
-    if teacher_model_name_or_path:
-        teacher = _load(teacher_model_name_or_path, "teacher_model_name_or_path")
     with ProgressBar(console=console, transient=True) as bar:
         task = bar.add_task("evaluate", total=None)
         result = evaluate_model(
@@ -356,6 +391,7 @@ def run_evaluation(
             tokenizer,
             dataset,
             teacher=teacher,
+            bridge=bridge,
             batch_size=batch_size,
             generate_rows=generate_rows,
             max_completion_length=max_completion_length,

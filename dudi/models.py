@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dudi.config import json_safe
-from dudi.signals import lm_head
 from dudi_kernels import LMHead
 
 
@@ -120,14 +119,3 @@ def check_models(student: Any, teacher: Any) -> None:
     LMHead.check(student)
     if teacher is not None:
         LMHead.check(teacher)
-        check_vocabularies(lm_head(student), lm_head(teacher))
-
-
-def check_vocabularies(student: LMHead, teacher: LMHead) -> None:
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            "teacher and student must share a vocabulary: the student's head has "
-            f"{student.vocab_size} rows, the teacher's {teacher.vocab_size}. Pick models of one "
-            "family; if the tokenizer is the same and only the padding of the head differs, "
-            "`model.resize_token_embeddings` makes them equal."
-        )

@@ -29,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dudi.callbacks import ConsoleProgress, write_text
 from dudi.checkpoints import (
+    MAP_FILE,
     check_inputs_stay,
     check_output_dir,
     clear_run,
@@ -180,6 +181,7 @@ def describe(trainer: DuDiTrainer, script: ScriptArguments, command: str | None)
         "teacher_parameters": count_parameters(teacher) if teacher is not None else None,
         "languages": sorted(set(train["language"]) - {""}),
         "data": trainer.data_counts,
+        "vocabulary": trainer.bridge.describe(),
     }
 
 
@@ -212,6 +214,7 @@ def evaluate_and_write(
         trainer.processing_class,
         trainer.eval_dataset,
         teacher=trainer.teacher,
+        bridge=trainer.bridge,
         batch_size=config.per_device_eval_batch_size,
         generate=script.eval_generate_rows != 0,
         generate_rows=script.eval_generate_rows,
@@ -247,6 +250,10 @@ def _base_of(adapter: str | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _path(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _check_inputs_stay(
     script: ScriptArguments, config: DuDiConfig, config_file: str | None
 ) -> None:
@@ -255,6 +262,9 @@ def _check_inputs_stay(
         "the base of the teacher": _base_of(config.teacher_model_name_or_path),
         "model_name_or_path": script.model_name_or_path,
         "tokenizer_name_or_path": script.tokenizer_name_or_path,
+        "teacher_tokenizer_name_or_path": config.teacher_tokenizer_name_or_path,
+        "lexicon": config.lexicon,
+        "vocabulary_verbalizer": _path(config.vocabulary_verbalizer),
         "teacher_model_name_or_path": config.teacher_model_name_or_path,
         "dataset_name": script.dataset_name,
         "dataset_test_name": script.dataset_test_name,
@@ -262,11 +272,20 @@ def _check_inputs_stay(
     check_inputs_stay(str(config.output_dir), inputs)
 
 
+def save_map(trainer: DuDiTrainer) -> None:
+    """What lies between the vocabularies, for other runs: `vocabulary_verbalizer` reads it."""
+    if trainer.bridge.verbalizer is not None:
+        folder = Path(str(trainer.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer.bridge.verbalizer.save(folder / MAP_FILE)
+
+
 def _begin_folder(trainer: DuDiTrainer, info: dict[str, Any]) -> None:
     """Clear what an earlier run left; every rank has looked at the folder before."""
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         clear_run(str(trainer.args.output_dir))
+        save_map(trainer)
     _write_info(trainer, info)
 
 

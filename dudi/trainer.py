@@ -2,8 +2,9 @@
 
 Before each optimizer step the student draws y- for every micro-batch of the step, so that all means
 are over the global batch (ranks and accumulation). Then, per micro-batch: hidden states of student
-and teacher over [y+; y-], the teacher under its verbalized prompt, one `linear_dudi_loss` inside
-the wrapped model's forward. All else (optimizer, schedule, checkpoints, logs) is the Trainer's.
+and teacher over [y+; y-], the teacher in its own tokens under what the verbalizer makes of the
+prompt (teaching.py), one `linear_dudi_loss` inside the wrapped model's forward. All else
+(optimizer, schedule, checkpoints, logs) is the Trainer's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import Continuity, MetricsFile, write_text
 from dudi.checkpoints import (
     CONFIG_FILE,
@@ -52,8 +54,16 @@ from dudi.models import (
 from dudi.reference import Reference
 from dudi.rollout import Rollout, generate
 from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
-from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
-from dudi_kernels import LMHead, linear_dudi_loss, sequence_log_prob
+from dudi.teaching import (
+    Lesson,
+    Responses,
+    Taught,
+    Teaching,
+    check_signals,
+    context_verbalizer,
+    signal_options,
+)
+from dudi_kernels import linear_dudi_loss, sequence_log_prob
 
 
 @dataclass
@@ -61,12 +71,12 @@ class MicroBatch:
     """One micro-batch, sampled and packed, on the CPU."""
 
     student: Packed
-    teacher: Packed | None
+    lesson: Lesson | None
     rows: list[int]  # the dataset rows in it
     rollout: Rollout | None
     prompts: list[Tensor]
-    counts: Tensor  # (3,) rows of y+, rows of y-, pairs in this micro-batch
-    totals: Tensor  # (3,) the same over the global batch
+    counts: Tensor  # (5,) rows of y+, rows of y-, pairs; rows of y+ and of y- that are taught
+    totals: Tensor  # (5,) the same over the global batch
 
 
 class DuDiTrainer(Trainer):
@@ -75,14 +85,16 @@ class DuDiTrainer(Trainer):
     Args:
         model: a causal LM, or its name or path (loaded in float32 unless `args.model_init_kwargs`
             says otherwise).
-        teacher_model: a causal LM with the same vocabulary, or its name or path; default
-            `args.teacher_model_name_or_path`. Not loaded where no signal needs it.
+        teacher_model: a causal LM, or its name or path; default `args.teacher_model_name_or_path`.
+            Not loaded where no signal needs it. It may have a tokenizer and a head of its own.
         args: a `DuDiConfig`.
         train_dataset, eval_dataset: datasets with `prompt` and `completion` (text or messages), or
             `messages`; optionally `language` and the verbalizer's fields.
         processing_class: the tokenizer; default the model's own.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: wraps the student in an adapter (`peft`).
+        teacher_processing_class: the teacher's tokenizer; default
+            `args.teacher_tokenizer_name_or_path`, else its own, else the student's.
     """
 
     # the Trainer's own annotations admit what __init__ rules out
@@ -103,6 +115,7 @@ class DuDiTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ):
         args = args if args is not None else DuDiConfig(output_dir="dudi-output")
         args.dataloader_pin_memory &= torch.accelerator.is_available()
@@ -120,12 +133,28 @@ class DuDiTrainer(Trainer):
             student = get_peft_model(student, peft_config)
         teacher = self._load_teacher(teacher_model, args)
         check_models(student, teacher)
+        self.bridge = Bridge(tokenizer)
+        if teacher is not None:
+            self.bridge = build_bridge(
+                student,
+                teacher,
+                tokenizer,
+                teacher_processing_class or args.teacher_tokenizer_name_or_path,
+                MapSettings.of(args),
+                _languages(train_dataset),
+            )
         self._check_reporting(args)
         if args.disable_dropout:
             disable_dropout(student)
 
         self.data_counts: dict[str, dict[str, int]] = {}
-        self.verbalizer = self._make_verbalizer(args, train_dataset)
+        self.verbalizer = context_verbalizer(args, train_dataset)
+        if teacher is not None:
+            check_signals(student, teacher, self.bridge, args)
+        self.meter = Meter()
+        self.teaching = Teaching(
+            self.bridge, self.verbalizer, args, tokenizer, self.meter, train_dataset
+        )
         train_dataset = self._prepare(train_dataset, tokenizer, args, "train")
         eval_dataset = self._prepare(eval_dataset, tokenizer, args, "eval")
         if train_dataset is not None:
@@ -149,7 +178,6 @@ class DuDiTrainer(Trainer):
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         needs_copy = args.preference_weight > 0 and args.reference in ("initial", "lagged")
         self.reference = Reference(self.model) if needs_copy else None
-        self.meter = Meter()
         self._step_rows: list[int] = []  # the dataset rows of this step
         self._earlier_loss = 0.0  # summed over the steps before this process's
         self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
@@ -188,25 +216,20 @@ class DuDiTrainer(Trainer):
         except (RuntimeError, ImportError) as error:
             raise ValueError(f"report_to {args.report_to} can't be used: {error}") from error
 
-    @staticmethod
-    def _make_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
-        columns = set(getattr(dataset, "column_names", None) or ())
-        wanted = args.context_verbalizer
-        if wanted is None:
-            wanted = "language" in columns and bool(columns & set(CONTEXT_FIELDS))
-        if not wanted or not args.needs_teacher:
-            return None
-        return ContextVerbalizer(args.verbalizer_templates)
-
     def _prepare(self, dataset: Any, tokenizer: Any, args: DuDiConfig, split: str) -> Any:
         if dataset is None or "completion_ids" in dataset.column_names:
             return dataset
         prepared, counts = prepare_dataset(
             dataset,
             tokenizer,
+            teacher_tokenizer=self.bridge.tokenizer,
             verbalizer=self.verbalizer,
+            pairing=self.bridge.pairing,
+            chat_template_kwargs=args.chat_template_kwargs,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
+            max_teacher_prompt_length=args.max_teacher_prompt_length,
+            max_unpaired=args.max_unpaired,
             overlong=args.overlong,
             split_name=split,
         )
@@ -244,24 +267,23 @@ class DuDiTrainer(Trainer):
         if rollout is not None:
             responses[1] = rollout.completions
         order = [(i, side) for i in range(len(prompts)) for side in responses]
-        texts = [responses[side][i] for i, side in order]
-        segments = [2 * i + side for i, side in order]
+        packed = Responses(
+            [responses[side][i] for i, side in order],
+            [i for i, _ in order],
+            [2 * i + side for i, side in order],
+        )
         pad = self.processing_class.pad_token_id
-        teacher = None
+        student = pack([prompts[i] for i in packed.prompts], packed.ids, pad, packed.segments)
+        lesson = None
         if self.teacher is not None:
-            seen = _unpad(batch, "teacher_prompt")
-            scored = [(i, side) for i, side in order if side in self.args.taught_sides]
-            teacher = pack(
-                [seen[i] for i, _ in scored],
-                [responses[side][i] for i, side in scored],
-                pad,
-                segments=[2 * i + side for i, side in scored],
-            )
+            prompts_seen, plain = (_unpad(batch, n) for n in ("teacher_prompt", "plain_prompt"))
+            lesson = self.teaching.lesson(packed, rows, prompts_seen, plain, rollout)
         rows_given, rows_drawn = (sum(map(len, responses.get(side, []))) for side in (0, 1))
-        counts = torch.tensor([rows_given, rows_drawn, len(prompts)], dtype=torch.float32)
+        taught = torch.zeros(2) if lesson is None else lesson.taught(student.segment_ids)
+        counts = torch.tensor([rows_given, rows_drawn, len(prompts), *taught])
         return MicroBatch(
-            student=pack([prompts[i] for i, _ in order], texts, pad, segments=segments),
-            teacher=teacher,
+            student=student,
+            lesson=lesson,
             rows=rows,
             rollout=rollout,
             prompts=prompts,
@@ -295,6 +317,18 @@ class DuDiTrainer(Trainer):
         self.meter.add("completions/clipped_ratio", clipped, len(lengths))
         return rollout
 
+    def greedy_sample(self, prompt: Tensor) -> Rollout:
+        """What the student would write without chance."""
+        assert self.args.max_completion_length is not None
+        return generate(
+            self.accelerator.unwrap_model(self.model),
+            [prompt],
+            max_completion_length=self.args.max_completion_length,
+            eos_token_id=self.processing_class.eos_token_id,
+            pad_token_id=self.processing_class.pad_token_id,
+            temperature=0.0,
+        )
+
     # ---- the loss ------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -311,14 +345,15 @@ class DuDiTrainer(Trainer):
         device = self.accelerator.device
         student = batch.student.to(device)
         with self.accelerator.autocast():
-            teacher_hidden, teacher_head = self._teacher_side(batch, device)
+            taught = None
+            if batch.lesson is not None:
+                teacher = self.accelerator.unwrap_model(self.teacher)
+                taught = self.teaching.teach(teacher, batch.lesson, len(student.targets), device)
             reference = self._reference_log_prob(student)
             module = self.accelerator.unwrap_model(model)
 
             def forward() -> Any:
-                return self._signals(
-                    module, student, teacher_hidden, teacher_head, reference, batch
-                )
+                return self._signals(module, student, taught, reference, batch)
 
             with redirected_forward(module, forward):
                 output = model()
@@ -327,21 +362,6 @@ class DuDiTrainer(Trainer):
         self._record(output, student, batch)
         loss = output.loss * self.accelerator.num_processes  # DDP and FSDP average over ranks
         return (loss, output) if return_outputs else loss
-
-    @torch.no_grad()
-    def _teacher_side(self, batch: MicroBatch, device: torch.device) -> tuple[Any, Any]:
-        if batch.teacher is None:
-            return None, None
-        teacher = self.accelerator.unwrap_model(self.teacher)
-        packed = batch.teacher.to(device)
-        hidden = response_hidden(teacher, packed)
-        rows = batch.student.segment_ids.to(device)
-        if len(hidden) < len(rows):  # nothing reads the teacher's rows of the other side
-            sides = torch.tensor(self.args.taught_sides, device=device)
-            whole = hidden.new_zeros(len(rows), hidden.shape[1])
-            whole[torch.isin(rows % 2, sides)] = hidden
-            hidden = whole
-        return hidden, lm_head(teacher)
 
     @torch.no_grad()
     def _reference_log_prob(self, packed: Packed) -> Tensor | str | None:
@@ -365,38 +385,34 @@ class DuDiTrainer(Trainer):
         self,
         module: nn.Module,
         packed: Packed,
-        teacher_hidden: Tensor | None,
-        teacher_head: LMHead | None,
+        taught: Taught | None,
         reference: Tensor | str | None,
         batch: MicroBatch,
     ) -> Any:
         a = self.args
-        off_divergence, on_divergence, beta = a.kd_divergences
-        off_rows, on_rows, pairs = batch.totals.tolist()
+        off_rows, on_rows, pairs, off_taught, on_taught = batch.totals.tolist()
+        weight = None if taught is None else taught.weight
+        if weight is not None:  # cross-entropy has the same denominator, but all of the rows
+            off = packed.segment_ids % 2 == 0
+            weight = torch.where(off, weight * (off_rows / max(off_taught, 1)), weight)
         return linear_dudi_loss(
             response_hidden(module, packed),
             lm_head(module),
-            teacher_hidden,
-            teacher_head,
+            None if taught is None else taught.hidden,
+            None if taught is None else taught.head,
             packed.targets,
             packed.segment_ids,
-            off_policy_weight=a.off_policy_weight,
-            on_policy_weight=a.on_policy_weight,
             preference_weight=a.preference_weight,
             ce_weight=a.ce_weight,
-            off_policy_divergence=off_divergence,
-            on_policy_divergence=on_divergence,
-            beta=beta,
-            alpha=a.alpha,
-            temperature=a.temperature,
             preference_beta=a.preference_beta,
             preference_length_power=a.preference_length_power,
             reference_log_prob=reference,
             off_policy_rows=off_rows,
-            on_policy_rows=on_rows,
+            on_policy_rows=on_rows if weight is None else max(on_taught, 1),
             pairs=pairs,
-            gradient_tolerance=a.gradient_tolerance,
-            memory_budget=a.memory_budget,
+            divergence_weight=weight,
+            verbalizer=self.teaching.map_on(packed.targets.device),
+            **signal_options(a),
         )
 
     def _require_finite(self, finite: bool, what: str, rows: list[int]) -> None:
@@ -435,6 +451,8 @@ class DuDiTrainer(Trainer):
             if weight > 0:
                 add(name, value, share)  # parts sum over micro-batches and ranks
         add("entropy", output.entropy.sum(), len(output.entropy))
+        if batch.lesson is not None:
+            self.teaching.record(output.teacher_entropy, batch.lesson, packed)
         if a.gradient_tolerance > 0:
             add("skipped_logits", output.skipped * len(output.entropy), len(output.entropy))
         self._count_tokens(batch.student)
@@ -511,6 +529,7 @@ class DuDiTrainer(Trainer):
             self.processing_class,
             dataset,
             teacher=self.teacher,
+            bridge=self.bridge,
             batch_size=self.args.per_device_eval_batch_size,
             generate=False,
         )
@@ -591,6 +610,7 @@ class DuDiTrainer(Trainer):
             "config": to_public_dict(self.args),
             "adapter": adapter_settings(causal_lm(self.model), self.model),
             "data": {"rows": len(train), "content": content_hash(train)},
+            "map": self.bridge.fingerprint,
         }
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
@@ -642,6 +662,13 @@ class DuDiTrainer(Trainer):
             write_text(folder / WINDOW_FILE, json.dumps(self._window_to_save))
             if self.reference is not None:
                 self.reference.save(folder)
+
+
+def _languages(dataset: Any) -> list[str] | None:
+    """Codes that the data has, or None where it does not say."""
+    if dataset is None or "language" not in dataset.column_names:
+        return None
+    return sorted({code for code in dataset.unique("language") if code})
 
 
 def _unpad(batch: dict[str, Tensor], name: str) -> list[Tensor]:

@@ -3,19 +3,27 @@
 The teacher scores the student's response tokens, but under a prompt that the student does not see:
 the same item in a pivot language, its reference answer, other privileged context, and an
 instruction in the target language. One jinja2 template per language says how a row becomes that
-prompt. Values are data: they are never parsed as templates, so `\\boxed{}` and `{{` come out as
-they went in. Templates run sandboxed, since they may come from somebody else's config.
+prompt; a chain makes several turns of it. Values are data: they are never parsed as templates, so
+`\\boxed{}` and `{{` come out as they went in. Templates run sandboxed, since they may come from
+somebody else's config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-FIELDS = ("prompt", "completion", "pivot_prompt", "pivot_completion", "privileged_context")
+FIELDS = (
+    "prompt", "completion", "pivot_prompt", "pivot_completion", "privileged_context",
+    "student_completion",
+)  # fmt: skip
+ROLES = ("system", "user", "assistant")
+DEFAULT_CHAIN = ({"user": "{{ template }}"},)
+Message = dict[str, str]  # role and content
 CONTEXT_FIELDS = ("pivot_prompt", "pivot_completion", "privileged_context")
 LANGUAGE_NAMES = {
     "en": "English",
@@ -141,24 +149,43 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _normalise(language: str) -> str:
-    return language.strip().lower().replace("_", "-")
-
-
 class ContextVerbalizer:
-    """Renders the teacher's prompt for a row. Replaces, for each row and by hand,
+    """Renders what the teacher reads for a row. Replaces, for each row and by hand,
 
         text = prompt + "\\n" + label_in(language) + pivot_prompt + "\\n" + answer_in(language)
 
     Templates see `prompt` and `completion` (text), `language`, `language_name` (in English),
-    `pivot_prompt`, `pivot_completion`, `privileged_context` (None where the row has none, so that
-    `{% if pivot_prompt %}` works) and every other column of the row by its name.
+    `pivot_prompt`, `pivot_completion`, `privileged_context`, `student_completion` (what the student
+    wrote for this prompt in this step) and every other column of the row by its name. What the row
+    lacks is None, so that `{% if pivot_prompt %}` works.
 
-    templates: overrides and additions to `DEFAULT_TEMPLATES`, by language code.
-    Raises ValueError naming the language and line of a template that is not valid jinja2.
+    Args:
+        templates: overrides and additions to `DEFAULT_TEMPLATES`, by language code.
+        chain: the turns that stand in place of the last user turn, each {role: template}, with
+            `template` for the text of the language's template. By default it is one turn::
+
+                [{"user": "{{ template }}"}]
+
+            A pivot question and its answer as a turn of their own, then the language's template::
+
+                [
+                    {"user": "{{ pivot_prompt or '' }}"},
+                    {"assistant": "{{ pivot_completion or '' }}"},
+                    {"user": "{{ template }}"},
+                ]
+
+            A turn that comes out empty is left out. The last one must be the user's.
+
+    Raises:
+        ValueError: a template that is not valid jinja2, with its place and line; a chain that does
+            not end with the user's turn.
     """
 
-    def __init__(self, templates: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        templates: Mapping[str, str] | None = None,
+        chain: Sequence[Mapping[str, str]] | None = None,
+    ) -> None:
         if templates is not None and not isinstance(templates, Mapping):
             raise TypeError(
                 "templates must map language codes to jinja2 templates, "
@@ -176,29 +203,33 @@ class ContextVerbalizer:
                     "templates must map language codes to templates, neither of them empty, "
                     f"got {language!r}: {source!r}"
                 )
-            code = _normalise(language)
-            self.templates[ALIASES.get(code, code)] = source
+            self.templates[normalise(language)] = source
+        self.chain = _checked_chain(DEFAULT_CHAIN if chain is None else chain)
         self._compile()
 
     def _compile(self) -> None:
-        environment = _environment()
-        self._compiled: dict[str, jinja2.Template] = {}
-        for language, source in self.templates.items():
-            try:
-                self._compiled[language] = environment.from_string(source)
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(
-                    f"the verbalizer's template for language {language!r} is not valid jinja2: "
-                    f"line {error.lineno}: {error.message}"
-                ) from None
+        self._compiled = {
+            language: _compiled(f"template for language {language!r}", source)
+            for language, source in self.templates.items()
+        }
+        self._turns = [
+            (role, _compiled(f"chain, turn {i + 1},", source))
+            for i, (role, source) in enumerate(self.chain)
+        ]
 
-    def __getstate__(self) -> dict[str, str]:
+    def __getstate__(self) -> tuple[dict[str, str], list[tuple[str, str]]]:
         # compiled templates neither pickle nor hash: workers and fingerprints get the sources
-        return self.templates
+        return self.templates, self.chain
 
-    def __setstate__(self, templates: dict[str, str]) -> None:
-        self.templates = templates
+    def __setstate__(self, state: tuple[dict[str, str], list[tuple[str, str]]]) -> None:
+        self.templates, self.chain = state
         self._compile()
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether any template names `student_completion`, which is there once y- is drawn."""
+        sources = [*self.templates.values(), *(source for _, source in self.chain)]
+        return any("student_completion" in _names(source) for source in sources)
 
     @property
     def languages(self) -> list[str]:
@@ -210,45 +241,111 @@ class ContextVerbalizer:
 
         Raises ValueError that names the language and lists those that have a template.
         """
-        code = _normalise(language) if isinstance(language, str) else ""
-        while code:
-            for candidate in (code, ALIASES.get(code, code)):
-                if candidate in self.templates:
-                    return candidate
-            code = code.rpartition("-")[0]
+        code = language if isinstance(language, str) else ""
+        found = next((code for code in codes(code) if code in self.templates), None)
+        if found is not None:
+            return found
         raise ValueError(
             f"language must have a verbalizer template, got {language!r}; there are templates for "
             f"{', '.join(self.languages)}; add one as verbalizer_templates: {{{language}: ...}}"
         )
 
     def render(self, row: Mapping[str, Any], language: str) -> str:
-        """The teacher's prompt for `row`, as text.
+        """The language's template for `row`, as text.
 
         `prompt` and `completion` in the row are texts (of a conversation: its last user turn).
         Raises ValueError for a language without a template, and for a template that fails: the
         message names the field; `data.prepare_dataset` adds the row.
         """
         code = self.resolve(language)
-        fields = _fields(row, language, code)
-        template = self._compiled[code]
-        try:
-            return template.render(fields).rstrip("\n")
-        except _AbsentField:
-            names = _absent_and_printed(template, fields)
+        return _rendered(
+            f"template for language {code!r}", self._compiled[code], _fields(row, language, code)
+        )
+
+    def messages(self, row: Mapping[str, Any], language: str) -> list[Message]:
+        """The turns of the chain for `row`, each {"role": ..., "content": ...}.
+
+        Raises ValueError as `render` does, and where the last turn comes out empty.
+        """
+        text = self.render(row, language)
+        fields = {**_fields(row, language, self.resolve(language)), "template": text}
+        turns = [
+            {"role": role, "content": _rendered(f"chain, turn {i + 1},", turn, fields)}
+            for i, (role, turn) in enumerate(self._turns)
+        ]
+        if not turns[-1]["content"].strip():
+            raise ValueError(f"the verbalizer's last turn must not be empty, got {turns[-1]!r}")
+        return [turn for turn in turns if turn["content"].strip()]
+
+
+def normalise(language: str) -> str:
+    """A code as it is compared: `zh_Hant` is zh-hant, `tl` is fil."""
+    code = language.strip().lower().replace("_", "-")
+    return ALIASES.get(code, code)
+
+
+def codes(language: str) -> Iterator[str]:
+    """A language's code, and those without its subtags: zh-hant-tw, zh-hant, zh."""
+    code = normalise(language)
+    while code:
+        yield normalise(code)
+        code = code.rpartition("-")[0]
+
+
+def _checked_chain(chain: Any) -> list[tuple[str, str]]:
+    """(role, source) of each turn."""
+    if isinstance(chain, (str, Mapping)) or not isinstance(chain, Sequence):
+        raise TypeError(f"chain must be a list of {{role: template}}, got {type(chain).__name__}")
+    turns = []
+    for i, turn in enumerate(chain):
+        if not isinstance(turn, Mapping) or len(turn) != 1:
+            raise TypeError(f"turn {i + 1} of the chain must be one {{role: template}}, got {turn}")
+        ((role, source),) = turn.items()
+        if role not in ROLES or not isinstance(source, str):
             raise ValueError(
-                f"the verbalizer's template for language {code!r} prints {' and '.join(names)}, "
-                "which the row does not have; guard it with {% if ... %}"
-            ) from None
-        except jinja2.UndefinedError as error:
-            raise ValueError(
-                f"the verbalizer's template for language {code!r} uses an unknown field: "
-                f"{error.message}; the row has {', '.join(sorted(fields))}"
-            ) from None
-        except Exception as error:  # whatever a filter or an expression in a template raises
-            raise ValueError(
-                f"the verbalizer's template for language {code!r} failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"turn {i + 1} of the chain must have a role of {', '.join(ROLES)} and a template, "
+                f"got {role!r}: {source!r}"
+            )
+        turns.append((role, source))
+    if not turns or turns[-1][0] != "user":
+        got = f"a turn of the {turns[-1][0]}" if turns else "no turn"
+        raise ValueError(
+            f"the chain must end with the user's turn, which the response follows, got {got}"
+        )
+    return turns
+
+
+def _compiled(place: str, source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the verbalizer's {place} is not valid jinja2: line {error.lineno}: {error.message}"
+        ) from None
+
+
+def _names(source: str) -> set[str]:
+    return jinja2.meta.find_undeclared_variables(_environment().parse(source))
+
+
+def _rendered(place: str, template: jinja2.Template, fields: Mapping[str, Any]) -> str:
+    try:
+        return template.render(fields).rstrip("\n")
+    except _AbsentField:
+        names = _absent_and_printed(template, fields)
+        raise ValueError(
+            f"the verbalizer's {place} prints {' and '.join(names)}, "
+            "which the row does not have; guard it with {% if ... %}"
+        ) from None
+    except jinja2.UndefinedError as error:
+        raise ValueError(
+            f"the verbalizer's {place} uses an unknown field: "
+            f"{error.message}; the row has {', '.join(sorted(fields))}"
+        ) from None
+    except Exception as error:  # whatever a filter or an expression in a template raises
+        raise ValueError(
+            f"the verbalizer's {place} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _fields(row: Mapping[str, Any], language: str, code: str) -> dict[str, Any]:

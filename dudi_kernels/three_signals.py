@@ -118,6 +118,7 @@ def linear_dudi_loss(
     pairs: Denominator = None,
     num_pairs: int | None = None,
     gradient_tolerance: float = 0.0,
+    divergence_weight: Tensor | None = None, teacher_top_p: float = 1.0,
     verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
@@ -217,6 +218,7 @@ def linear_dudi_loss(
         _check_classes(classes, measures, (off_policy_weight, on_policy_weight), preference)
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
+    signals.factor = divergence_weight
     task = signals.task(
         student,
         teacher,
@@ -296,7 +298,7 @@ class _Signals:
             student=learner,
             teacher=guide,
             targets=targets,
-            weight=torch.where(positive, w.off_policy / w.off_rows, w.on_policy / w.on_rows),
+            weight=torch.where(positive, w.off_policy / w.off_rows, w.on_policy / w.on_rows) * (1 if self.factor is None else self.factor),
             spans=_spans(packing.starts, (w.off_policy, w.on_policy), measures),
             groups=_groups(packing.starts, plan, together=w.preference > 0),
             coefficient=torch.where(positive, -w.ce / w.off_rows, 0.0) if w.ce else None,
@@ -313,6 +315,7 @@ class _Signals:
     def combine(self, values: RowValues) -> Tensor:
         """The loss; its parts go to `self.parts`."""
         w, positive = self.weights, self.packing.positive
+        if self.factor is not None: values = values._replace(divergence=torch.where(self.factor > 0, values.divergence * self.factor, 0))
         margins, *sums = self.preference.margins(values.log_prob, values.teacher_log_prob)
         parts = (
             torch.where(positive, values.divergence, 0).sum() / w.off_rows,

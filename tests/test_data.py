@@ -200,17 +200,18 @@ LIMITED = [
 ]
 
 
-def test_truncation_keeps_prompt_ends_and_completion_starts(tokenizer):
+def test_truncation_takes_the_middle_of_prompts_and_the_end_of_completions(tokenizer):
     made, counts = prepare(LIMITED, tokenizer, max_prompt_length=4, max_completion_length=4)
     assert counts == {
         "rows": 5,
         "truncated_prompts": 2,
         "truncated_completions": 2,
+        "truncated_teacher_prompts": 0,
+        "unpaired_responses": 0,
         "dropped": 0,
-        "long_teacher_prompts": 0,
     }
     assert [tokenizer.decode(ids) for ids in made["prompt_ids"]] == [
-        "1234", "3456", "12", "3456", "1",
+        "1234", "1256", "12", "1256", "1",
     ]  # fmt: skip
     assert [tokenizer.decode(ids) for ids in made["completion_ids"]] == [
         "12<|end|>", "12<|end|>", "1234", "1234", "123<|end|>",
@@ -229,13 +230,36 @@ def test_dropping_keeps_the_row_numbers(tokenizer):
         prepare(LIMITED, tokenizer, max_completion_length=1, overlong="drop")
 
 
-def test_verbalized_prompts_are_counted_not_cut(tokenizer):
+def test_verbalized_prompts_have_a_limit_of_their_own(tokenizer):
     tokenizer.chat_template = None
     verbalizer = ContextVerbalizer({"en": "{{ prompt }}{{ prompt }}"})
     rows = [{**row, "language": "en"} for row in LIMITED]
-    made, counts = prepare(rows, tokenizer, verbalizer=verbalizer, max_prompt_length=4)
+    options = {"verbalizer": verbalizer, "max_prompt_length": 4}
+    made, counts = prepare(rows, tokenizer, **options)
     assert tokenizer.decode(made["teacher_prompt_ids"][1]) == "123456123456"
-    assert counts["long_teacher_prompts"] == 3 and counts["truncated_prompts"] == 2
+    assert counts["truncated_teacher_prompts"] == 0 and counts["truncated_prompts"] == 2
+    made, counts = prepare(rows, tokenizer, **options, max_teacher_prompt_length=7)
+    assert tokenizer.decode(made["teacher_prompt_ids"][1]) == "1233456"
+    assert counts["truncated_teacher_prompts"] == 3
+    _, counts = prepare(rows, tokenizer, **options, max_teacher_prompt_length=7, overlong="drop")
+    assert counts["rows"] == 2
+
+
+def test_truncation_never_takes_the_generation_prompt(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|assistant|>' -}}", "'<|assistant|>' + '1234' -}}"
+    ).replace(
+        "message['content']",
+        "('1234' if message['role'] == 'assistant' else '') + message['content']",
+    )
+    row = {"prompt": [{"role": "user", "content": "567890"}], "completion": [ANSWER]}
+    for limit in range(6, 13):
+        made = prepare_one(row, tokenizer, max_prompt_length=limit)
+        text = tokenizer.decode(made["prompt_ids"])
+        assert len(made["prompt_ids"]) == limit and text.endswith("<|assistant|>1234")
+        assert text.startswith("<|user|>")
+    with pytest.raises(ValueError, match=r"row 0 .*limit of 5 tokens.*begins the answer with 5"):
+        prepare_one(row, tokenizer, max_prompt_length=5)
 
 
 def test_processes_and_saved_datasets_leave_nothing_beside_the_data(tokenizer, tmp_path):
@@ -332,9 +356,37 @@ def test_a_token_across_the_border_of_the_prompt_is_split(tokenizer):
     assert tokenizer.decode(made["completion_ids"]) == "\n--\nfinal<|end|>"
 
 
+def test_switches_of_the_chat_template_are_set_for_both_sides(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.role == 'assistant' and quick %}--{% endif %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if quick %}--{% endif %}{% endif %}"
+    )
+    row = {"prompt": TURNS[1:2], "completion": [ANSWER], "language": "en"}
+    options = {"verbalizer": ContextVerbalizer({"en": "{{ prompt }}!"})}
+    made = prepare_one(row, tokenizer, **options, chat_template_kwargs={"quick": True})
+    assert tokenizer.decode(made["prompt_ids"]) == "<|user|>first<|end|><|assistant|>--"
+    assert tokenizer.decode(made["teacher_prompt_ids"]) == "<|user|>first!<|end|><|assistant|>--"
+    assert tokenizer.decode(made["completion_ids"]) == "final<|end|>"
+    assert "--" not in tokenizer.decode(prepare_one(row, tokenizer, **options)["prompt_ids"])
+
+
+def test_bos_comes_once(tokenizer):
+    bos = "<|system|>"
+    tokenizer.bos_token = bos
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    made = prepare_one({**ROW, "prompt": f"{bos}Say hi"}, tokenizer)
+    assert tokenizer.decode(made["prompt_ids"]) == f"{bos}Say hi"
+
+
 def test_chat_templates_that_cannot_be_honoured(tokenizer):
     row = {"prompt": TURNS, "completion": [ANSWER]}
     template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("message['content']", "message['content'][:3]")
+    with pytest.raises(ValueError, match=r"row 0 .*loses the response.*'final'"):
+        prepare([row], tokenizer)
     tokenizer.chat_template = template.replace("'<|assistant|>'", "'<|assistant|>THINK'")
     with pytest.raises(ValueError, match=r"row 0 .*THINK.*Set a chat template without"):
         prepare([row], tokenizer)
@@ -378,12 +430,15 @@ def test_collator_pads_prompts_left_and_completions_right():
         {"prompt_ids": [5, 6], "completion_ids": [7, 1], "teacher_prompt_ids": [8], "row": 3},
         {"prompt_ids": [5], "completion_ids": [1], "teacher_prompt_ids": [8, 9, 9], "row": 0},
     ]
+    rows = [row | {"plain_prompt_ids": row["prompt_ids"]} for row in rows]
     batch = DuDiCollator(1)(rows)  # pad is EOS here
     expected = {
         "prompt_ids": [[5, 6], [1, 5]],
         "prompt_mask": [[1, 1], [0, 1]],
         "teacher_prompt_ids": [[1, 1, 8], [8, 9, 9]],
         "teacher_prompt_mask": [[0, 0, 1], [1, 1, 1]],
+        "plain_prompt_ids": [[5, 6], [1, 5]],
+        "plain_prompt_mask": [[1, 1], [0, 1]],
         "completion_ids": [[7, 1], [1, 1]],
         "completion_mask": [[1, 1], [1, 0]],
         "row": [3, 0],

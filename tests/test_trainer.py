@@ -55,7 +55,7 @@ def naive_losses(trainer: DuDiTrainer, batch: Any) -> dict[str, torch.Tensor]:
     student, teacher = trainer.model.double(), trainer.teacher.double()
     start = 0
     off, on, given, drawn = [], [], [], []
-    pairs = zip(sequences(batch.student), sequences(batch.teacher), strict=True)
+    pairs = zip(sequences(batch.student), sequences(batch.lesson.seen), strict=True)
     for i, ((ids, mask), (seen_ids, seen_mask)) in enumerate(pairs):
         rows = int(mask.sum())
         y = batch.student.targets[start : start + rows]
@@ -88,7 +88,7 @@ def test_step_equals_dense_formulas(tmp_path: Path, length_power: int) -> None:
     iterator = iter(trainer.get_train_dataloader())
     (inputs,), _ = trainer.get_batch_samples(iterator, 1, torch.device("cpu"))
     batch = inputs["batch"]
-    assert batch.student.num_tokens != batch.teacher.num_tokens
+    assert batch.student.num_tokens != batch.lesson.seen.num_tokens
     trainer.current_gradient_accumulation_steps = 1
     loss, output = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
     loss.backward()

@@ -1,0 +1,348 @@
+"""What the teacher says about the responses of a micro-batch, row by row of the student's.
+
+A lesson is what the teacher reads: each response in its own tokens, under the verbalized prompt
+and, where anything compares them, under the student's plain one. `teach` turns a lesson into hidden
+states that pair with the student's rows and a weight for each row's divergence: 0 where the teacher
+has no row at that byte or its first tokens are left out, less than 1 where the verbalized teacher
+is less sure of the given response than the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dudi.bridge import Bridge
+from dudi.config import DuDiConfig
+from dudi.meter import Meter
+from dudi.pairing import Pairing
+from dudi.rollout import Rollout
+from dudi.rows import Reader, TeacherPrompts
+from dudi.signals import Packed, lm_head, pack, response_hidden
+from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
+from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
+
+UNPAIRED_SEEN = 256  # responses before a share of them that don't pair says anything
+
+
+class Responses(NamedTuple):
+    """Of one micro-batch, as the student packs them."""
+
+    ids: list[Tensor]  # in the student's tokens
+    prompts: list[int]  # which prompt each belongs to
+    segments: list[int]  # 2 i for y+ of pair i, 2 i + 1 for y-
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the rows of each begin among the student's."""
+        return [0, *accumulate(map(len, self.ids))][:-1]
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.ids))
+
+
+class Lesson(NamedTuple):
+    seen: Packed  # under the prompts that the verbalizer made
+    plain: Packed | None  # under the student's own
+    student_rows: Tensor  # (P,) which rows of the student's have one of the teacher's
+    teacher_rows: Tensor  # (P,) and which one that is
+    weight: Tensor | None  # (N,) of each row's divergence; None: all rows are taught alike
+    differs: int  # responses whose bytes the teacher's tokenizer changes
+
+    @property
+    def whole(self) -> bool:
+        """Whether the teacher's rows are the student's as they come."""
+        return self.weight is None
+
+    def taught(self, segment_ids: Tensor) -> Tensor:  # (2,)
+        """How many rows of y+, and of y-, the divergence is of."""
+        if self.weight is None:
+            return torch.bincount(segment_ids % 2, minlength=2).float()
+        return torch.bincount(segment_ids % 2, self.weight, minlength=2).float()
+
+
+class Taught(NamedTuple):
+    hidden: Tensor  # (N, E)
+    head: LMHead
+    weight: Tensor | None  # (N,)
+    gate: Tensor | None  # (M,) of the teacher's rows of y+
+
+
+def make_lesson(
+    responses: Responses,
+    sides: Sequence[int],  # which of y+ (0) and y- (1) the teacher scores
+    seen: Sequence[Tensor],  # a prompt's verbalized ids
+    plain: Sequence[Tensor] | None,  # and its plain ones, where they are compared
+    pairing: Pairing | None,
+    pad_token_id: int,
+    skip_tokens: int = 0,
+) -> Lesson:
+    scored = [i for i, segment in enumerate(responses.segments) if segment % 2 in sides]
+    own = [responses.ids[i] for i in scored]
+    texts, rows, others, differs = _paired(own, pairing)
+    segments = [responses.segments[i] for i in scored]
+    packed = [
+        pack([prompts[responses.prompts[i]] for i in scored], texts, pad_token_id, segments)
+        for prompts in (seen, plain)
+        if prompts is not None
+    ]
+    starts = [responses.starts[i] for i in scored]
+    student_rows = _joined([r + start for r, start in zip(rows, starts, strict=True)])
+    places = [0, *accumulate(map(len, texts))]
+    teacher_rows = _joined([r + place for r, place in zip(others, places, strict=False)])
+    weight = None
+    if skip_tokens or len(student_rows) < responses.rows:
+        weight = torch.zeros(responses.rows)
+        counted = _joined([r[r >= skip_tokens] + s for r, s in zip(rows, starts, strict=True)])
+        weight[counted] = 1.0
+    return Lesson(
+        packed[0],
+        packed[1] if len(packed) > 1 else None,
+        student_rows,
+        teacher_rows,
+        weight,
+        differs,
+    )
+
+
+def _paired(
+    own: list[Tensor], pairing: Pairing | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:
+    """Responses in the teacher's tokens, which of the student's rows pair, with which of them, and
+    how many responses don't."""
+    if pairing is None:
+        rows = [torch.arange(len(ids)) for ids in own]
+        return own, rows, rows, 0
+    found = pairing(own)
+    texts = [torch.tensor(ids, dtype=torch.long) for ids in found.teacher_ids]
+    return texts, found.student_rows, found.teacher_rows, len(found.differs)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+
+@torch.no_grad()
+def teach(
+    teacher: Any,
+    lesson: Lesson,
+    rows: int,  # of the student
+    device: torch.device,
+    verbalized_share: float = 1.0,
+    confidence_gating: float = 0.0,
+    **options: Any,  # of linear_log_prob
+) -> Taught:
+    """Hidden states for the student's rows, and the weights of their divergences."""
+    head = lm_head(teacher)
+    seen = lesson.seen.to(device)
+    hidden = response_hidden(teacher, seen)
+    gate = None
+    if lesson.plain is not None:
+        plain = response_hidden(teacher, lesson.plain.to(device))
+        if confidence_gating:
+            given = seen.segment_ids % 2 == 0
+            verbalized_says, plain_says = (
+                linear_log_prob(states[given], head, seen.targets[given], **options)
+                for states in (hidden, plain)
+            )
+            gate = confidence(verbalized_says, plain_says, confidence_gating)
+        hidden = torch.lerp(plain, hidden, verbalized_share)
+    weight = None if lesson.weight is None else lesson.weight.to(device)
+    student_rows, teacher_rows = lesson.student_rows.to(device), lesson.teacher_rows.to(device)
+    if gate is not None:
+        factor = torch.ones(len(hidden), device=device)
+        factor[given] = gate
+        weight = torch.ones(rows, device=device) if weight is None else weight
+        weight = weight.index_copy(0, student_rows, weight[student_rows] * factor[teacher_rows])
+    if not lesson.whole:
+        whole = hidden.new_zeros(rows, hidden.shape[1])
+        hidden = whole.index_copy_(0, student_rows, hidden[teacher_rows])
+    return Taught(hidden, head, weight, gate)
+
+
+def confidence(verbalized: Tensor, plain: Tensor, power: float) -> Tensor:
+    """min(1, p_verbalized / p_plain) ** power, of log-probabilities."""
+    gain = (verbalized - plain).nan_to_num(0)  # -inf of both: neither is less sure
+    return (power * gain.clamp(max=0)).exp()
+
+
+class Teaching:
+    """Lessons for the micro-batches of a run, and what it measures of them."""
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        verbalizer: ContextVerbalizer | None,
+        args: DuDiConfig,
+        tokenizer: Any,  # the student's
+        meter: Meter,
+        dataset: Any,  # as given, for templates that show a sample
+    ) -> None:
+        self.bridge, self.verbalizer, self.args = bridge, verbalizer, args
+        self.tokenizer, self.meter, self.dataset = tokenizer, meter, dataset
+        self.unpaired = torch.zeros(2, dtype=torch.long)  # responses that don't pair, and all
+        reader = Reader(
+            bridge.tokenizer, args.chat_template_kwargs or {}, args.max_teacher_prompt_length
+        )
+        self.prompts = TeacherPrompts(reader, verbalizer)
+
+    def lesson(
+        self,
+        responses: Responses,
+        rows: Sequence[int],  # of the dataset
+        seen: Sequence[Tensor],
+        plain: Sequence[Tensor],
+        rollout: Rollout | None,
+    ) -> Lesson:
+        if self.verbalizer is not None and self.verbalizer.reads_samples:
+            assert rollout is not None
+            seen = self.prompts_with(rows, rollout)
+        lesson = make_lesson(
+            responses,
+            self.args.taught_sides,
+            seen,
+            plain if self.args.needs_plain_teacher else None,
+            self.bridge.pairing,
+            self.tokenizer.pad_token_id,
+            self.args.teacher_skip_tokens,
+        )
+        if self.bridge.pairing is not None:
+            self._count_pairs(lesson, responses)
+        return lesson
+
+    def prompts_with(self, rows: Sequence[int], rollout: Rollout) -> list[Tensor]:
+        """Prompts that show what the student has just written."""
+        decode = self.tokenizer.decode
+        texts = (decode(c, skip_special_tokens=True) for c in rollout.completions)
+        return [
+            torch.tensor(self.prompts.verbalized(self.dataset[row], text).ids)
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+    def _count_pairs(self, lesson: Lesson, responses: Responses) -> None:
+        scored = [s % 2 in self.args.taught_sides for s in responses.segments]
+        lengths = [len(c) for c, own in zip(responses.ids, scored, strict=True) if own]
+        self.meter.add("paired_rows", len(lesson.student_rows), sum(lengths))
+        self.meter.add("unpaired_responses", lesson.differs, len(lengths))
+        self.unpaired += torch.tensor([lesson.differs, len(lengths)])
+        differs, seen = self.unpaired.tolist()
+        if seen >= UNPAIRED_SEEN and differs > self.args.max_unpaired * seen:
+            raise ValueError(
+                f"the teacher's tokenizer changes the bytes of {differs} of {seen} responses (it "
+                f"normalizes text): more than max_unpaired={self.args.max_unpaired} allows"
+            )
+
+    def teach(self, teacher: Any, lesson: Lesson, rows: int, device: torch.device) -> Taught:
+        a = self.args
+        taught = teach(
+            teacher,
+            lesson,
+            rows,
+            device,
+            a.verbalized_share,
+            a.confidence_gating,
+            memory_budget=a.memory_budget,
+        )
+        if taught.gate is not None:
+            self.meter.add("confidence_gate", taught.gate.sum(), len(taught.gate))
+        return taught
+
+    def map_on(self, device: torch.device) -> Verbalizer | None:
+        """The map between the vocabularies, moved once."""
+        found = self.bridge.verbalizer
+        if found is not None and found.device != device:
+            found = found.to(device)
+            self.bridge = self.bridge._replace(verbalizer=found)
+        return found
+
+    def record(self, entropy: Tensor, lesson: Lesson, packed: Packed) -> None:
+        """How sure the teacher is of the rows that it teaches."""
+        rows = float(lesson.taught(packed.segment_ids.cpu()).sum())
+        if lesson.weight is not None:
+            entropy = entropy * lesson.weight.to(entropy.device)
+        self.meter.add("teacher_entropy", entropy.sum(), rows)
+
+
+# ---- what is checked before a run ----------------------------------------------------------------
+
+
+def context_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
+    """What a run's teacher reads is made with; None where it reads the student's prompt."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    wanted = args.context_verbalizer
+    if wanted is None:
+        wanted = "language" in columns and bool(columns & set(CONTEXT_FIELDS))
+    if not args.needs_teacher:
+        return None
+    if not wanted:
+        if args.needs_plain_teacher:
+            raise ValueError(
+                "verbalized_share < 1 and confidence_gating > 0 need the context verbalizer: "
+                "without it the teacher reads the student's prompt alone"
+            )
+        return None
+    verbalizer = ContextVerbalizer(args.verbalizer_templates, args.verbalizer_chain)
+    if verbalizer.reads_samples and not args.needs_samples:
+        raise ValueError(
+            "a verbalizer template shows student_completion, but no samples are drawn: "
+            "on_policy_weight or preference_weight must be positive"
+        )
+    if verbalizer.reads_samples and "completion_ids" in columns:
+        raise ValueError(
+            "train_dataset must not be prepared already: a verbalizer template shows "
+            "student_completion, which the teacher's prompts are made with in each step"
+        )
+    return verbalizer
+
+
+def signal_options(args: DuDiConfig) -> dict[str, Any]:
+    """Of `linear_dudi_loss`, what the teacher's signals are."""
+    off_divergence, on_divergence, beta = args.kd_divergences
+    return {
+        "off_policy_weight": args.off_policy_weight,
+        "on_policy_weight": args.on_policy_weight,
+        "off_policy_divergence": off_divergence,
+        "on_policy_divergence": on_divergence,
+        "beta": beta,
+        "alpha": args.alpha,
+        "temperature": args.temperature,
+        "teacher_temperature": args.teacher_temperature,
+        "teacher_top_p": args.teacher_top_p,
+        "gradient_tolerance": args.gradient_tolerance,
+        "memory_budget": args.memory_budget,
+    }
+
+
+@torch.no_grad()
+def check_signals(student: Any, teacher: Any, bridge: Bridge, args: DuDiConfig) -> None:
+    """Raise what the loss would say in the first step, from a batch without rows."""
+    scored = args.preference_weight > 0 and args.reference == "teacher"
+    if scored and (bridge.pairing is not None or bridge.maps_tokens):
+        raise ValueError(
+            "reference must not be 'teacher' where the teacher has another tokenizer, or a map "
+            "between the vocabularies: its log-probabilities are of other tokens; use initial, "
+            "lagged or none"
+        )
+    heads = [lm_head(student), lm_head(teacher)]
+    devices = {head.weight.device for head in heads}
+    if len(devices) > 1:  # accelerate will bring them together
+        return
+    device = devices.pop()
+    hidden = [head.weight.new_zeros(0, head.width) for head in heads]
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    v = bridge.verbalizer
+    linear_dudi_loss(
+        hidden[0],
+        heads[0],
+        hidden[1],
+        heads[1],
+        none,
+        none,
+        verbalizer=None if v is None else v.to(device),
+        **signal_options(args),
+    )
