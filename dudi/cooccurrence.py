@@ -12,7 +12,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from typing import Any, NamedTuple
 
 from dudi_kernels.vocabulary.token_bytes import plain_encoder
@@ -65,7 +65,7 @@ class Splitter:
                 f"the text {run!r}"
             )
         spans = self.encoder.encode(run, add_special_tokens=False).offsets
-        shared = {end for (_, end), (start, _) in zip(spans, spans[1:], strict=False) if start < end}
+        shared = {end for (_, end), (start, _) in pairwise(spans) if start < end}
         for start, end in spans:
             word = run[start:end]
             # half a character is no word, nor is one letter or what begins with a mark
@@ -106,8 +106,9 @@ def word_pairs(
     Words that are the same in both languages are left out.
     """
     texts = [(split(pivot), split(target)) for pivot, target in rows]
-    sides = [[{word.casefold() for word in words} for words in side] for side in zip(*texts)]
-    spelt = [_spellings(side) for side in zip(*texts)]
+    written = [[pair[side] for pair in texts] for side in (0, 1)]
+    sides = [[{word.casefold() for word in words} for words in side] for side in written]
+    spelt = [_spellings(side) for side in written]
     counts = [Counter(word for words in side for word in words) for side in sides]
     both = _together(sides, counts, limits.min_count)
     scored = sorted(

@@ -97,11 +97,7 @@ def parallel_texts(
         if "pivot_completion" in row:
             found = [_of_trainer(row, i)]
         elif pivot in row and languages:
-            found = [
-                Parallel(str(row[pivot] or ""), str(row[name] or ""), name)
-                for name in languages
-                if name in row
-            ]
+            found = [_of_columns(row, i, pivot, name) for name in languages]
         else:
             wanted = f"{pivot!r} and one for each of languages" if languages else "languages named"
             raise ValueError(
@@ -116,6 +112,12 @@ def _of_trainer(row: Mapping[str, Any], i: int) -> Parallel:
     if not row.get("language") and all(texts):
         raise ValueError(f"row {i} must have a language, got {row.get('language')!r}")
     return Parallel(*texts, str(row.get("language") or ""))
+
+
+def _of_columns(row: Mapping[str, Any], i: int, pivot: str, language: str) -> Parallel:
+    if language not in row:
+        raise ValueError(f"row {i} must have a column {language!r}, it has {', '.join(row)}")
+    return Parallel(str(row[pivot] or ""), str(row[language] or ""), language)
 
 
 def _text(value: Any) -> str:
