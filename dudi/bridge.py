@@ -107,7 +107,7 @@ def build_bridge(
             own,
             student_tokenizer,
             base=Verbalizer.identity(sizes[1]) if found is None else found,
-            kind=settings.lexicon_kind,  # type: ignore[arg-type]  # the config checks it
+            kind=settings.lexicon_kind,
             share=settings.lexicon_share,
         )
     return Bridge(own, pairing, found)

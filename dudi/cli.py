@@ -89,7 +89,7 @@ class DemoArguments:
     output_dir: str | None = _option("By default runs/demo, or runs/demo-teacher.", None)
     seed: int = _option("Seed of the students, their data order and samples.", 0)
     overwrite: bool = _option("Replace an earlier demo in output_dir.", False)
-    steps: int | None = _option("Optimizer steps of each student; null: the recipes' 300.", None)
+    steps: int | None = _option("Optimizer steps after the warm start; null: 300.", None)
     teacher: bool = _option("Train the demo's teacher again instead.", False)
 
 

@@ -84,12 +84,13 @@ def train_students(
         "teacher_model_init_kwargs": {"dtype": "float32"},
     }
     own = {"lexicon": {"lexicon": str(data_path(DEMO_LEXICON))}}
-    start = {"model_name_or_path": str(folder / "warm" / "model"), "model_config": None}
+    warm = str(folder / "warm" / "model")
+    start: dict[str, Any] = {"model_name_or_path": warm, "model_config": None}
+    start |= {} if steps is None else {"max_steps": steps}
     runs = {}
     for name, names in RECIPES.items():
-        extra = {} if name == "warm" else dict(start)
-        extra |= (taught if "dudi" in names else {}) | own.get(name, {})
-        extra |= {} if steps is None else {"max_steps": steps}
+        extra = {} if name == "warm" else start
+        extra = extra | (taught if "dudi" in names else {}) | own.get(name, {})
         runs[name] = train_one(name, folder, seed, train, console, **extra)
     return runs
 
@@ -169,7 +170,7 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
-    steps: int | None = None,  # of each student; by default the recipes'
+    steps: int | None = None,  # after the warm start; by default the recipes'
 ) -> Path:
     """Train and evaluate the demo's models; returns the folder with the report and summary.json."""
     if steps is not None and steps < 1:

@@ -153,12 +153,11 @@ def run_lexicon(
     limits = _checked(min_count, min_dice)
     if path.exists() and not overwrite:
         raise ValueError(f"output {output!r} exists; --overwrite replaces it")
+    tokenizer = tokenizer_name_or_path
     if dataset_name == DEMO:
         texts, tokenizer = list(demo_texts()), str(data_path("tokenizer"))
     else:
-        rows = load_data(dataset_name, split=split)
-        texts = list(parallel_texts(rows, pivot, languages))
-        tokenizer = tokenizer_name_or_path
+        texts = list(parallel_texts(load_data(dataset_name, split=split), pivot, languages))
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("languages", total=len({t.language for t in texts}))
         entries = build_lexicon(

@@ -99,10 +99,10 @@ def test_demo(
 
 def test_lexicon(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, "dudi.lexicon_build.run_lexicon")
-    words = ["--dataset_name", "d.jsonl", "--output=l.tsv", "--languages", "[id, no]"]
+    words = ["--dataset_name", "d.jsonl", "--output=l.tsv", "--languages", "[id, th]"]
     assert cli.main(["lexicon", *words, "--min_dice", "1"]) == 0
     ((_, kwargs),) = calls
-    assert kwargs["languages"] == ["id", "no"] and kwargs["tokenizer_name_or_path"] is None
+    assert kwargs["languages"] == ["id", "th"] and kwargs["tokenizer_name_or_path"] is None
     assert (kwargs["output"], kwargs["pivot"], kwargs["min_dice"]) == ("l.tsv", "en", 1.0)
 
 
