@@ -65,6 +65,18 @@ class Weights(NamedTuple):
     off_rows: float | Tensor
     on_rows: float | Tensor
     pairs: float | Tensor
+    row: Tensor | None  # (N,) of each row's divergence; None: ones
+
+    def divergence(self, positive: Tensor) -> Tensor:  # (N,)
+        """Of each row's divergence in the loss."""
+        own = torch.where(positive, self.off_policy / self.off_rows, self.on_policy / self.on_rows)
+        return own if self.row is None else own * self.row
+
+    def weighted(self, divergence: Tensor) -> Tensor:  # (N,)
+        """Each row's divergence by its own weight."""
+        if self.row is None:
+            return divergence
+        return torch.where(self.row == 0, 0, self.row * divergence)  # no 0 * inf
 
 
 class Packing(NamedTuple):
@@ -118,7 +130,8 @@ def linear_dudi_loss(
     pairs: Denominator = None,
     num_pairs: int | None = None,
     gradient_tolerance: float = 0.0,
-    divergence_weight: Tensor | None = None, teacher_top_p: float = 1.0,
+    divergence_weight: Tensor | None = None,  # (N,)
+    teacher_top_p: float = 1.0,
     verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
@@ -128,6 +141,7 @@ def linear_dudi_loss(
     Replaces, with `y+` the rows of even segments and `y-` those of odd ones::
 
         D_off, D_on = divergence_off(p, q)[y+].sum(-1), divergence_on(p, q)[y-].sum(-1)
+        D_off, D_on = divergence_weight[y+] * D_off, divergence_weight[y-] * D_on
         logp = log_softmax(student_logits, -1).gather(-1, targets[:, None])[:, 0]
         score = (segment_sum(logp) - reference_log_prob) / lengths ** preference_length_power
         z = preference_beta * (score[0::2] - score[1::2])
@@ -158,12 +172,17 @@ def linear_dudi_loss(
             segment ids say. Needed under torch.compile.
         gradient_tolerance: as in `linear_distill_loss`; a row's weight is that of its divergence
             and of its log-probability in the loss.
+        divergence_weight: of each row's divergence alone, on top of its signal's weight, for rows
+            that the teacher says less about, or (0) nothing; None is 1. It does not change the
+            denominators.
+        teacher_top_p: as in `linear_distill_loss`; "teacher" can't be the reference below 1.
         verbalizer: as in `linear_distill_loss`; "teacher" can't be the reference then.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
         `DuDiLoss`. The parts are unweighted, with the same denominators; S is twice the number of
-        pairs P, and per-row results have the leading shape of `student_hidden`.
+        pairs P, and per-row results have the leading shape of `student_hidden`; the divergence of a
+        row is without its weight.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, ranges or names that don't fit; an
@@ -189,6 +208,7 @@ def linear_dudi_loss(
     temperatures = checks.temperatures(temperature, teacher_temperature)
     preference_beta = checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
     checks.gradient_tolerance(gradient_tolerance, student)
+    top_p = checks.top_p(teacher_top_p, student)
     if isinstance(preference_length_power, bool) or preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
     if preference_weight > 0:
@@ -202,6 +222,7 @@ def linear_dudi_loss(
         _denominator("off_policy_rows", off_policy_rows, positives),
         _denominator("on_policy_rows", on_policy_rows, len(flat) - positives),
         _denominator("pairs", pairs, packing.sequences // 2),
+        _divergence_weight(divergence_weight, student),
     )
     preference = Preference(
         packing,
@@ -215,10 +236,10 @@ def linear_dudi_loss(
     if off_policy_weight or on_policy_weight or preference.from_teacher:
         teacher, classes = _teacher(student, teacher_hidden, teacher_head, verbalizer)
         checks.exact(gradient_tolerance, classes)
-        _check_classes(classes, measures, (off_policy_weight, on_policy_weight), preference)
+        _check_measures(measures, (off_policy_weight, on_policy_weight), classes, top_p)
+        _check_reference(preference, classes, top_p)
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
-    signals.factor = divergence_weight
     task = signals.task(
         student,
         teacher,
@@ -229,6 +250,7 @@ def linear_dudi_loss(
         memory_budget,
         gradient_tolerance,
         classes,
+        top_p,
     )
     loss, values, skipped = scalar(student, task, signals.combine, engine, memory_budget)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
@@ -288,17 +310,20 @@ class _Signals:
         memory_budget: int,
         tolerance: float,
         classes: Classes | None,
+        top_p: float,
     ) -> Task:
         w, packing = self.weights, self.packing
         learner, guide = as_side(student), None if teacher is None else as_side(teacher)
         skips = tolerance > 0
-        plan = make_plan(learner, guide, list(measures), backend, memory_budget, skips, classes)
+        plan = make_plan(
+            learner, guide, list(measures), backend, memory_budget, skips, classes, top_p
+        )
         positive = packing.positive
         return Task(
             student=learner,
             teacher=guide,
             targets=targets,
-            weight=torch.where(positive, w.off_policy / w.off_rows, w.on_policy / w.on_rows) * (1 if self.factor is None else self.factor),
+            weight=w.divergence(positive),
             spans=_spans(packing.starts, (w.off_policy, w.on_policy), measures),
             groups=_groups(packing.starts, plan, together=w.preference > 0),
             coefficient=torch.where(positive, -w.ce / w.off_rows, 0.0) if w.ce else None,
@@ -310,16 +335,17 @@ class _Signals:
             needs=wanted_gradients(student),
             tolerance=tolerance,
             classes=classes,
+            teacher_top_p=top_p,
         )
 
     def combine(self, values: RowValues) -> Tensor:
         """The loss; its parts go to `self.parts`."""
         w, positive = self.weights, self.packing.positive
-        if self.factor is not None: values = values._replace(divergence=torch.where(self.factor > 0, values.divergence * self.factor, 0))
+        divergence = w.weighted(values.divergence)
         margins, *sums = self.preference.margins(values.log_prob, values.teacher_log_prob)
         parts = (
-            torch.where(positive, values.divergence, 0).sum() / w.off_rows,
-            torch.where(positive, 0, values.divergence).sum() / w.on_rows,
+            torch.where(positive, divergence, 0).sum() / w.off_rows,
+            torch.where(positive, 0, divergence).sum() / w.on_rows,
             -F.logsigmoid(self.preference.beta * margins).sum() / w.pairs,
             -torch.where(positive, values.log_prob, 0).sum() / w.off_rows,
         )
@@ -417,23 +443,35 @@ def _teacher(
     return with_low(teacher), classes
 
 
-def _check_classes(
-    classes: Classes | None,
+def _divergence_weight(value: Tensor | None, student: Rows) -> Tensor | None:
+    return None if value is None else checks.row_weight("divergence_weight", value, student)
+
+
+def _check_measures(
     measures: tuple[Measure, Measure],
     weights: tuple[float, float],
-    preference: Preference,
+    classes: Classes | None,
+    top_p: float,
 ) -> None:
-    if classes is None:
+    names = ("off_policy_divergence", "on_policy_divergence")
+    for name, measure, weight in zip(names, measures, weights, strict=True):
+        if weight:
+            checks.finite_measure(name, measure, classes, top_p)
+
+
+def _check_reference(preference: Preference, classes: Classes | None, top_p: float) -> None:
+    if not preference.from_teacher:
         return
-    if preference.from_teacher:
+    if classes is not None:
         raise ValueError(
             "reference_log_prob must not be 'teacher' with a verbalizer that maps tokens: the "
             "teacher's log-probabilities are of its own"
         )
-    names = ("off_policy_divergence", "on_policy_divergence")
-    for name, measure, weight in zip(names, measures, weights, strict=True):
-        if weight:
-            checks.finite_measure(name, measure, classes)
+    if top_p < 1:
+        raise ValueError(
+            f"reference_log_prob must not be 'teacher' with teacher_top_p={top_p}: targets outside "
+            "of what the teacher is restricted to have no log-probability"
+        )
 
 
 def _spans(

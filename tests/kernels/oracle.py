@@ -90,6 +90,13 @@ def entropy(scores: Tensor) -> Tensor:
     return -torch.special.xlogy(probs, probs).sum(-1)
 
 
+def nucleus(scores: Tensor, temperature: float, top_p: float) -> Tensor:
+    """-inf for all but the likeliest tokens of this mass, by a full sort."""
+    p, order = (scores / temperature).softmax(-1).sort(dim=-1, descending=True)
+    out = p.cumsum(-1) - p >= top_p
+    return scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+
+
 def dudi(
     scores: Tensor,  # (N, V) float64 logits of the student
     teacher_scores: Tensor | None,
