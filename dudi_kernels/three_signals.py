@@ -22,6 +22,7 @@ from dudi_kernels.classes import Classes
 from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import DEFAULT_BUDGET, Plan
+from dudi_kernels.preference import PREFERENCES, Packing, Preference
 from dudi_kernels.prepare import (
     as_side,
     make_plan,
@@ -79,30 +80,6 @@ class Weights(NamedTuple):
         return torch.where(self.row == 0, 0, self.row * divergence)  # no 0 * inf
 
 
-class Packing(NamedTuple):
-    """Rows packed as [y+; y-] [y+; y-] ..."""
-
-    segments: Tensor  # (N,) 2 i for y+ of pair i, 2 i + 1 for y-
-    sequences: int  # S
-    starts: list[int]  # (S + 1) row offsets of the segments
-
-    @property
-    def positive(self) -> Tensor:
-        return self.segments % 2 == 0
-
-    def sums(self, values: Tensor) -> Tensor:
-        """(S,) of the rows of each segment."""
-        return values.new_zeros(self.sequences).index_add(0, self.segments, values)
-
-    def part(self, start: int, stop: int) -> tuple[Packing, slice]:
-        """The pairs of rows [start, stop), and their segments."""
-        own = self.segments[start:stop]
-        first = next(s for s in range(0, self.sequences, 2) if self.starts[s + 2] > start)
-        last = next(s for s in range(first, self.sequences, 2) if self.starts[s + 2] >= stop)
-        whole = slice(first, last + 2)
-        return Packing(own - first, last + 2 - first, []), whole
-
-
 @traceable("student_hidden", "student_head", result=DuDiLoss)
 def linear_dudi_loss(
     student_hidden: Tensor,  # (N, D)
@@ -122,13 +99,16 @@ def linear_dudi_loss(
     alpha: float = 0.1,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
+    preference_loss: str = "sigmoid",
     preference_beta: float = 0.1,
+    preference_margin: float = 0.0,
     preference_length_power: int = 0,
     reference_log_prob: Reference = None,  # (S,)
     off_policy_rows: Denominator = None,
     on_policy_rows: Denominator = None,
     pairs: Denominator = None,
     num_pairs: int | None = None,
+    num_generations: int = 1,
     gradient_tolerance: float = 0.0,
     divergence_weight: Tensor | None = None,  # (N,)
     teacher_top_p: float = 1.0,
@@ -138,13 +118,14 @@ def linear_dudi_loss(
 ) -> DuDiLoss:
     """The three signals of DuDi over packed pairs of responses, in one sweep.
 
-    Replaces, with `y+` the rows of even segments and `y-` those of odd ones::
+    Replaces, with `y+` the rows of even segments and `y-` those of odd ones (and so on for more
+    samples of a prompt)::
 
         D_off, D_on = divergence_off(p, q)[y+].sum(-1), divergence_on(p, q)[y-].sum(-1)
         D_off, D_on = divergence_weight[y+] * D_off, divergence_weight[y-] * D_on
         logp = log_softmax(student_logits, -1).gather(-1, targets[:, None])[:, 0]
         score = (segment_sum(logp) - reference_log_prob) / lengths ** preference_length_power
-        z = preference_beta * (score[0::2] - score[1::2])
+        z = preference_beta * (score[0::2] - score[1::2]) - preference_margin
         loss = (
             off_policy_weight * D_off.sum() / off_policy_rows
             + ce_weight * -logp[y+].sum() / off_policy_rows
@@ -158,11 +139,16 @@ def linear_dudi_loss(
     Args:
         teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher;
             unread then.
-        segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of pair i, 2 i + 1
-            is y-. Sequences may be missing as long as no preference is asked for. They must be on
-            the CPU while a CUDA graph is captured, which then is of these lengths.
+        segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of prompt i, 2 i + 1
+            is y-; with G = `num_generations` samples of each prompt, (1 + G) i is y+, and the G
+            numbers that follow are the y-, each of which makes a pair with it. Sequences may be
+            missing as long as no preference is asked for. They must be on the CPU while a CUDA
+            graph is captured, which then is of these lengths.
         temperature: of the divergences, or of the student's side of them where
             `teacher_temperature` is given; log-probabilities and entropies are at 1.
+        preference_loss: of z as above: sigmoid, -logsigmoid(z); hinge, relu(1 - z); ipo,
+            ((z - 1/2) / preference_beta)^2, whose length power is 1 in its source.
+        preference_margin: how far y+ shall be ahead, gamma of SimPO; for no reference above all.
         preference_length_power: 0 or 1, the a in r(y) = (log pi - log pi_ref) / |y|^a.
         reference_log_prob: (S,) nats under a frozen policy (a last y- without rows may be left
             out), "teacher" for the teacher's own at no extra forward, or None for no reference.
@@ -180,21 +166,23 @@ def linear_dudi_loss(
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
-        `DuDiLoss`. The parts are unweighted, with the same denominators; S is twice the number of
-        pairs P, and per-row results have the leading shape of `student_hidden`; the divergence of a
-        row is without its weight.
+        `DuDiLoss`. The parts are unweighted, with the same denominators; P counts pairs, S
+        sequences, and per-row results have the leading shape of `student_hidden`; the divergence of
+        a row is without its weight.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, ranges or names that don't fit; an
             incomplete pair with a preference; no teacher where one is needed.
 
     Sources: DuDi, arXiv 2606.04694 (its abstract; the formulas are this project's own); SPIN,
-    2401.01335; GKD, 2306.13649.
+    2401.01335; GKD, 2306.13649; DPO, 2305.18290; SLiC-HF, 2305.10425 (hinge); IPO, 2310.12036;
+    SimPO, 2405.14734 (margin).
     """
     student = with_low(checks.side("student", student_hidden, student_head))
     flat = checks.targets(targets, student, None)
     ids = checks.segment_ids(segment_ids, student)
-    packing = _packing(ids, student.hidden.device, num_pairs)
+    samples = checks.integer("num_generations", num_generations, 1)
+    packing = _packing(ids, student.hidden.device, num_pairs, samples)
     off_policy_weight, on_policy_weight, preference_weight, ce_weight = _weights(
         off_policy_weight=off_policy_weight,
         on_policy_weight=on_policy_weight,
@@ -206,14 +194,16 @@ def linear_dudi_loss(
         checks.divergence("on_policy_divergence", on_policy_divergence, beta, alpha),
     )
     temperatures = checks.temperatures(temperature, teacher_temperature)
+    checks.one_of("preference_loss", preference_loss, PREFERENCES)
     preference_beta = checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
+    margin = checks.number("preference_margin", preference_margin, -math.inf, math.inf)
     checks.gradient_tolerance(gradient_tolerance, student)
     top_p = checks.top_p(teacher_top_p, student)
     if isinstance(preference_length_power, bool) or preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
     if preference_weight > 0:
         _check_pairs(packing)
-    positives, ones = _rows_of(packing, 0), torch.ones(len(flat), device=flat.device)
+    positives, ones = packing.positives, torch.ones(len(flat), device=flat.device)
     weights = Weights(
         off_policy_weight,
         on_policy_weight,
@@ -221,14 +211,16 @@ def linear_dudi_loss(
         ce_weight,
         _denominator("off_policy_rows", off_policy_rows, positives),
         _denominator("on_policy_rows", on_policy_rows, len(flat) - positives),
-        _denominator("pairs", pairs, packing.sequences // 2),
+        _denominator("pairs", pairs, packing.pairs),
         _divergence_weight(divergence_weight, student),
     )
     preference = Preference(
         packing,
         _reference(reference_log_prob, packing, student),
         from_teacher=isinstance(reference_log_prob, str) and preference_weight > 0,
+        kind=PREFERENCES[preference_loss],
         beta=preference_beta,
+        margin=margin,
         scale=packing.sums(ones).clamp(min=1) ** -preference_length_power,
         weight=preference_weight / weights.pairs,
     )
@@ -257,39 +249,6 @@ def linear_dudi_loss(
     return DuDiLoss(
         loss, *signals.parts, *(v.view(student.shape) for v in per_row), **skipped._asdict()
     )
-
-
-class Preference(NamedTuple):
-    """-log sigmoid(beta (r(y+) - r(y-))), r(y) = (log pi - log pi_ref) scale."""
-
-    packing: Packing
-    reference: Tensor  # (S,) log-probabilities, unless they are the teacher's
-    from_teacher: bool
-    beta: float
-    scale: Tensor  # (S,) 1 / |y|^a
-    weight: float | Tensor  # of a pair in the loss
-
-    def margins(
-        self, log_prob: Tensor, teacher_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (P,), (S,), (S,)
-        """r(y+) - r(y-), and the sums that it comes from."""
-        sums = self.packing.sums(log_prob)
-        reference = self.packing.sums(teacher_log_prob) if self.from_teacher else self.reference
-        scores = (sums - reference) * self.scale
-        return scores[0::2] - scores[1::2], sums, reference
-
-    def coefficients(
-        self, start: int, stop: int, log_prob: Tensor, teacher_log_prob: Tensor | None
-    ) -> Tensor:
-        """(R,) d loss / d log q[target] of the rows of whole pairs."""
-        packing, whole = self.packing.part(start, stop)
-        scale = self.scale[whole]
-        own = self._replace(packing=packing, reference=self.reference[whole], scale=scale)
-        other = log_prob if teacher_log_prob is None else teacher_log_prob
-        margins, _, _ = own.margins(log_prob, other)
-        pull = torch.sigmoid(-self.beta * margins) * (-self.beta * self.weight)
-        pull = pull.nan_to_num(0)  # both targets masked: inf - inf
-        return (torch.stack([pull, -pull], 1).view(-1) * scale)[packing.segments]
 
 
 class _Signals:
@@ -324,8 +283,8 @@ class _Signals:
             teacher=guide,
             targets=targets,
             weight=w.divergence(positive),
-            spans=_spans(packing.starts, (w.off_policy, w.on_policy), measures),
-            groups=_groups(packing.starts, plan, together=w.preference > 0),
+            spans=_spans(packing, (w.off_policy, w.on_policy), measures),
+            groups=_groups(packing, plan, together=w.preference > 0),
             coefficient=torch.where(positive, -w.ce / w.off_rows, 0.0) if w.ce else None,
             coefficients=self.preference.coefficients if w.preference else None,
             teacher_log_prob=self.preference.from_teacher,
@@ -346,7 +305,7 @@ class _Signals:
         parts = (
             torch.where(positive, divergence, 0).sum() / w.off_rows,
             torch.where(positive, 0, divergence).sum() / w.on_rows,
-            -F.logsigmoid(self.preference.beta * margins).sum() / w.pairs,
+            self.preference.loss(margins).sum() / w.pairs,
             -torch.where(positive, values.log_prob, 0).sum() / w.off_rows,
         )
         self.parts = (*parts, margins, *sums)
@@ -363,21 +322,24 @@ def _weights(**given: float) -> list[float]:
     return [checks.number(name, value, 0, math.inf) for name, value in given.items()]
 
 
-def _packing(ids: Tensor, device: torch.device, num_pairs: int | None) -> Packing:
+def _packing(ids: Tensor, device: torch.device, num_pairs: int | None, samples: int) -> Packing:
     if devices.capturing(ids.device):
         raise ValueError(
             "segment_ids must be on the CPU while a CUDA graph is captured: the lengths of the "
             "sequences say what is launched, and the host can't read them from the GPU then"
         )
-    least = int(ids[-1]) // 2 + 1 if len(ids) else 0
-    count = 2 * (least if num_pairs is None else checks.integer("num_pairs", num_pairs, least))
+    group = 1 + samples
+    least = int(ids[-1]) // group + 1 if len(ids) else 0  # prompts
+    pairs = least * samples
+    if num_pairs is not None:
+        pairs = checks.integer("num_pairs", num_pairs, pairs)
+        if pairs % samples:
+            raise ValueError(
+                f"num_pairs must be a multiple of num_generations={samples}, got {num_pairs}"
+            )
+    count = pairs // samples * group
     lengths = torch.bincount(ids, minlength=count)
-    return Packing(on_device(ids, device), count, [0, *lengths.cumsum(0).tolist()])
-
-
-def _rows_of(packing: Packing, parity: int) -> int:
-    sizes = [b - a for a, b in pairwise(packing.starts)]
-    return sum(sizes[parity::2])
+    return Packing(on_device(ids, device), count, [0, *lengths.cumsum(0).tolist()], group)
 
 
 def _check_pairs(packing: Packing) -> None:
@@ -475,24 +437,24 @@ def _check_reference(preference: Preference, classes: Classes | None, top_p: flo
 
 
 def _spans(
-    starts: list[int], weights: tuple[float, float], measures: tuple[Measure, Measure]
+    packing: Packing, weights: tuple[float, float], measures: tuple[Measure, Measure]
 ) -> list[Span]:
     """Runs of y+ and of y- rows, where their signal is on."""
     return [
-        Span(a, b, measures[segment % 2])
-        for segment, (a, b) in enumerate(pairwise(starts))
-        if b > a and weights[segment % 2] > 0
+        Span(a, b, measures[packing.side(segment)])
+        for segment, (a, b) in enumerate(pairwise(packing.starts))
+        if b > a and weights[packing.side(segment)] > 0
     ]
 
 
-def _groups(starts: list[int], plan: Plan, together: bool) -> list[list[Chunk]]:
-    """Chunks of whole pairs; a pair that the budget can't hold is a group of several chunks."""
-    size = plan.chunk_rows
+def _groups(packing: Packing, plan: Plan, together: bool) -> list[list[Chunk]]:
+    """Chunks of whole prompts; one that the budget can't hold is a group of several chunks."""
+    starts, size = packing.starts, plan.chunk_rows
     if not together:
         return [[chunk] for chunk in chunks(0, starts[-1], even(starts[-1], size))]
     groups: list[list[Chunk]] = []
     begin = 0
-    for a, b in pairwise(starts[0::2]):  # of pairs
+    for a, b in pairwise(starts[:: packing.group]):  # of prompts
         if b - begin > size and a > begin:
             groups.append([(begin, a)])
             begin = a
