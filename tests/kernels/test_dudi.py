@@ -228,11 +228,13 @@ def test_chunks_hold_whole_prompts():
 @pytest.mark.parametrize("budget", [2**28, 26_000], ids=["whole", "long"])
 def test_kinds_of_preference(kind, budget, backend):
     """Hinge has pairs on both sides of its kink."""
-    compare(
+    got = compare(
         make(bias=True), 1e-5, weights=(0.0, 0.5, 1.0, 0.1), reference=-torch.rand(8) * 60,
-        kind=kind, margin=0.3, preference_beta=0.5, length_power=1, memory_budget=budget,
+        kind=kind, margin=0.3, preference_beta=2.0, length_power=1, memory_budget=budget,
         backend=backend,
     )  # fmt: skip
+    z = 2 * got.margins - 0.3
+    assert 0 < int((z < 1).sum()) < len(z)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
