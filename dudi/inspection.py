@@ -102,18 +102,15 @@ def _shown(trainer: DuDiTrainer, row: dict[str, Any], top: int) -> Shown:
     own, other = trainer.processing_class, trainer.bridge.tokenizer
     seen = _teacher_prompt(trainer, row)
     ids = row["completion_ids"]
-    pairing = trainer.bridge.pairing
-    if pairing is None:
-        texts, rows, partners = ids, range(len(ids)), range(len(ids))
-    else:
-        found = pairing([ids])
-        texts = found.teacher_ids[0]
-        rows, partners = found.student_rows[0].tolist(), found.teacher_rows[0].tolist()
+    texts, pairs = ids, {i: i for i in range(len(ids))}
+    if trainer.bridge.pairing is not None:
+        found = trainer.bridge.pairing([ids])
+        texts, rows = found.teacher_ids[0], (found.student_rows[0], found.teacher_rows[0])
+        pairs = dict(zip(*(r.tolist() for r in rows), strict=True))
     heard = _Heard(
         *(_log_probs(trainer.teacher, prompt, texts) for prompt in (seen, row["plain_prompt_ids"]))
     )
     learnt = _learnt(trainer, heard)
-    pairs = dict(zip(rows, partners, strict=True))
     tokens = [
         _token_row(trainer, i, pairs.get(i), ids, texts, heard, learnt, top)
         for i in range(len(ids))
