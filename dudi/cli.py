@@ -113,7 +113,7 @@ def verbalize(words: list[str], console: Console) -> None:
 
     config_file, overrides = _split_config(words)
     own = field_types(VerbalizeArguments)
-    options = {"output_dir": "runs/verbalize"} | read_options(config_file, overrides, own)
+    options = {"output_dir": "unused"} | read_options(config_file, overrides, own)
     shown = VerbalizeArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
     script, config = from_options(options)
     from dudi.inspection import run_inspection

@@ -122,7 +122,12 @@ def test_what_a_teacher_with_another_tokenizer_reads(tmp_path: Path) -> None:
 
 
 def test_training_with_another_tokenizer_and_resuming(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "other": True}
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "other": True,
+    }
     make(tmp_path / "whole", **settings).train()
     trainer = make(tmp_path / "cut", **settings)
     trainer.train()
@@ -230,7 +235,12 @@ def test_plain_and_verbalized_teacher_are_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [False, True])
 def test_sharpening(tmp_path: Path, other: bool) -> None:
     trainer = make(
-        tmp_path, other=other, **GIVEN, teacher_temperature=0.5, teacher_top_p=0.6, unmatched="bucket"
+        tmp_path,
+        other=other,
+        **GIVEN,
+        teacher_temperature=0.5,
+        teacher_top_p=0.6,
+        unmatched="bucket",
     )
     batch, output = step(trainer)
     p = (log_probs(trainer.teacher, batch.lesson.seen) / 0.5).softmax(-1)
