@@ -81,7 +81,9 @@ def panel(shown: Shown, most_tokens: int) -> Panel:
 
 
 def _token_table(shown: Shown, most: int) -> Table:
-    table = Table("student", "teacher", "plain", "verbalized", "learnt", "KL", "weight", box=None)
+    names = ("student", "teacher", "plain", "verbalized", "learnt")
+    wide = [Column(name, no_wrap=True, ratio=2 if i > 1 else 1) for i, name in enumerate(names)]
+    table = Table(*wide, Column("KL", width=6), Column("weight", width=6), box=None, expand=True)
     for t in shown.tokens[:most]:
         table.add_row(
             Text(t.token, style="bold"),
