@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from dudi.lexicon import lexicon_verbalizer, read_lexicon
 from dudi.models import load_tokenizer
@@ -107,7 +107,7 @@ def build_bridge(
             own,
             student_tokenizer,
             base=Verbalizer.identity(sizes[1]) if found is None else found,
-            kind=settings.lexicon_kind,  # type: ignore[arg-type]  # the config checks it
+            kind=cast(Any, settings.lexicon_kind),  # the config checks it
             share=settings.lexicon_share,
         )
     return Bridge(own, pairing, found)
@@ -168,6 +168,6 @@ def _between(
         student,
         teacher_size=sizes[0],
         student_size=sizes[1],
-        unmatched=settings.unmatched,  # type: ignore[arg-type]  # the config checks it
+        unmatched=cast(Any, settings.unmatched),
         cache_dir=None if folder is None else Path(folder).expanduser(),
     )

@@ -109,12 +109,12 @@ def evaluate(words: list[str], console: Console) -> None:
 
 
 def verbalize(words: list[str], console: Console) -> None:
-    from dudi.config import checked, field_types, from_options, read_options
+    from dudi.config import field_types, from_options, read_options
 
     config_file, overrides = _split_config(words)
     own = field_types(VerbalizeArguments)
-    options = {"output_dir": "runs/verbalize"} | read_options(config_file, overrides, own)
-    shown = VerbalizeArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
+    options = {"output_dir": "none is written"} | read_options(config_file, overrides, own)
+    shown = VerbalizeArguments(**{n: options.pop(n) for n in own if n in options})
     script, config = from_options(options)
     from dudi.inspection import run_inspection
 

@@ -528,10 +528,11 @@ def parse(config_file: str | None, overrides: list[str]) -> tuple[ScriptArgument
 def read_options(
     config_file: str | None, overrides: list[str], more: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The options of a recipe file and of words, unchecked; `more`: types of a command's own."""
+    """The options of a recipe file and of words, their names and types checked; `more`: types of a
+    command's own."""
     options = read_config_file(config_file) if config_file else {}
     wanted = field_types(ScriptArguments) | field_types(DuDiConfig) | (more or {})
-    return options | read_words(overrides, wanted)
+    return checked(options | read_words(overrides, wanted), wanted)
 
 
 def from_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:

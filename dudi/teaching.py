@@ -53,11 +53,7 @@ class Lesson(NamedTuple):
     teacher_rows: Tensor  # (P,) and which one that is
     weight: Tensor | None  # (N,) of each row's divergence; None: all rows are taught alike
     differs: int  # responses whose bytes the teacher's tokenizer changes
-
-    @property
-    def whole(self) -> bool:
-        """Whether the teacher's rows are the student's as they come."""
-        return self.weight is None
+    whole: bool  # whether the teacher's rows are the student's as they come
 
     def taught(self, segment_ids: Tensor) -> Tensor:  # (2,)
         """How many rows of y+, and of y-, the divergence is of."""
@@ -107,6 +103,7 @@ def make_lesson(
         teacher_rows,
         weight,
         differs,
+        len(student_rows) == responses.rows == places[-1],
     )
 
 
