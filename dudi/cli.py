@@ -163,7 +163,9 @@ TRAIN_GROUPS = {
     "Signals": (
         "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
         "off_policy_divergence", "on_policy_divergence", "beta", "alpha", "temperature",
-        "preference_beta", "preference_length_power", "reference", "reference_sync_steps",
+        "preference_loss", "preference_beta", "preference_margin", "preference_length_power",
+        "reference", "reference_sync_steps", "reference_dtype", "reference_on_cpu",
+        "weight_schedules",
     ),
     "Context verbalizer": ("context_verbalizer", "verbalizer_templates", "verbalizer_chain"),
     "Refinement of the teacher": (
@@ -175,7 +177,9 @@ TRAIN_GROUPS = {
         "lexicon_kind", "lexicon_share",
     ),
     "Sampling": (
-        "rollout_temperature", "top_p", "top_k", "log_completions", "num_completions_to_print",
+        "num_generations", "rollout_temperature", "top_p", "top_k", "stop_strings",
+        "generation_kwargs", "rollout_steps", "rollout_importance", "rollout_batch_size",
+        "log_completions", "num_completions_to_print",
     ),
     "Adapter": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "Optimisation": (

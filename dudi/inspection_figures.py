@@ -122,7 +122,8 @@ class _Inspector:
         if verbalizer is None or not verbalizer.reads_samples:
             return list(row["teacher_prompt_ids"])
         rollout = self.trainer.greedy_sample(torch.tensor(row["prompt_ids"]))
-        return self.trainer.teaching.prompts_with([row["row"]], rollout)[0].tolist()
+        prompts = self.trainer.teaching.prompts_with([row["row"]], rollout.completions)
+        return prompts[0].tolist()
 
     def _paired(self, ids: list[int]) -> tuple[list[int], dict[int, int]]:
         """The response in the teacher's tokens, and the teacher's row for each of the student's."""

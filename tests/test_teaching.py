@@ -267,7 +267,7 @@ def test_templates_show_what_the_student_has_just_written(tmp_path: Path) -> Non
     decode = trainer.processing_class.decode
     for i, (seen, mask) in enumerate(sequences(batch.lesson.seen)):
         prompt = decode(seen[: int(mask.nonzero()[0]) + 1])
-        written = decode(batch.rollout.completions[i // 2], skip_special_tokens=True)
+        written = decode(batch.drawn.completions[i // 2], skip_special_tokens=True)
         assert f"Try: <{written}>" in prompt
     with pytest.raises(ValueError, match="student_completion, but no samples are drawn"):
         make(tmp_path, verbalizer_templates=templates, on_policy_weight=0.0)

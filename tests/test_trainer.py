@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from dudi.callbacks import read_jsonl
 from dudi.config import DuDiConfig
 from dudi.finite import NonFiniteLossError
-from dudi.reference import Reference
+from dudi.reference import AdapterOff, Reference, adds_nothing
 from dudi.trainer import DuDiTrainer
 
 
@@ -36,7 +36,11 @@ def make(folder: Any, callbacks: Any = None, **settings: Any) -> DuDiTrainer:
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """The logged steps without the figures that are clock readings."""
-    return [r for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r]
+    return [
+        {name: value for name, value in r.items() if not name.endswith("_per_second")}
+        for r in read_jsonl(folder / "metrics.jsonl")
+        if "loss" in r
+    ]
 
 
 def sequences(packed: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -137,9 +141,29 @@ def test_same_seed_same_losses(tmp_path: Path) -> None:
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
-@pytest.mark.parametrize("reference", ["initial", "lagged"])
-def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) -> None:
-    """Also in the middle of a log window and past a refresh of the lagged reference."""
+@pytest.mark.parametrize(
+    ("reference", "ahead"),
+    [
+        ("initial", {}),
+        ("lagged", {}),
+        (
+            "initial",
+            {
+                "rollout_steps": 5,
+                "rollout_importance": True,
+                "num_generations": 2,
+                "weight_schedules": {"ce_weight": {"kind": "linear"}},
+                "ce_weight": 0.5,
+            },
+        ),
+    ],
+    ids=["initial", "lagged", "samples ahead"],
+)
+def test_resuming_continues_the_curve_exactly(
+    tmp_path: Path, reference: str, ahead: dict[str, Any]
+) -> None:
+    """Also in the middle of a log window, past a refresh of the lagged reference, with samples
+    that are drawn and not trained on yet, and in an epoch after y+ was scored."""
     settings = {
         "max_steps": 7,
         "save_strategy": "steps",
@@ -147,6 +171,7 @@ def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) ->
         "logging_steps": 2,
         "reference": reference,
         "reference_sync_steps": 2,
+        **ahead,
     }
     whole = make(tmp_path / "whole", **settings)
     whole.train()
@@ -210,7 +235,7 @@ def test_teacher_scores_only_the_side_that_needs_it(tmp_path: Path) -> None:
 
 def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No samples without a signal that needs them; no teacher for plain cross-entropy."""
-    monkeypatch.setattr("dudi.trainer.generate", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr("dudi.sampling.generate", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setattr("dudi.trainer.load_model", _no_strings)
     off = {"on_policy_weight": 0.0, "preference_weight": 0.0}
     make(tmp_path / "off", max_steps=1, **off).train()
@@ -293,11 +318,56 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 def test_peft_trains_the_adapter_only(tmp_path: Path) -> None:
     trainer = make_adapted(tmp_path, lora(), **SAVING)
     trainer.train()
-    assert trainer.reference is not None
-    assert all("lora_" in name for name in trainer.reference.weights)
+    assert isinstance(trainer.reference, AdapterOff)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-2" / "reference.safetensors").exists()
     assert losses(tmp_path)[1]["rewards/margins"] != 0
     make_adapted(tmp_path, lora(), **SAVING).check_resumable()
+
+
+def test_a_copy_of_an_adapter_equals_the_model_under_it(tmp_path: Path) -> None:
+    """A new adapter changes nothing, so that switching it off is the start; a trained one is
+    copied, and so is what lags."""
+    runs = []
+    for name in ("off", "copied"):
+        trainer = make_adapted(tmp_path / name, lora())
+        if name == "copied":
+            trainer.reference = Reference(trainer.model)
+            assert all("lora_" in n for n in trainer.reference.weights)
+        trainer.train()
+        runs.append(losses(tmp_path / name))
+    assert runs[0] == runs[1]
+    assert not adds_nothing(trainer.model) and not adds_nothing(tiny.model(0))
+    lagged = make_adapted(tmp_path / "lagged", lora(), reference="lagged")
+    assert isinstance(lagged.reference, Reference)
+
+
+def test_a_reference_in_half_precision_on_the_cpu(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "half", reference_dtype="bfloat16", reference_on_cpu=True)
+    assert isinstance(trainer.reference, Reference)
+    assert {w.dtype for w in trainer.reference.weights.values()} == {torch.bfloat16}
+    trainer.train()
+    make(tmp_path / "whole").train()
+    half, whole = (losses(tmp_path / name) for name in ("half", "whole"))
+    assert half[0]["rewards/margins"] != whole[0]["rewards/margins"] == 0
+    assert half[0]["rewards/margins"] == pytest.approx(0, abs=0.2)
+
+
+def test_given_responses_are_scored_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """By a reference that never changes; the second epoch of 24 rows begins in step 7."""
+    counts: list[int] = []
+    own = DuDiTrainer._under_reference
+
+    def counted(self: Any, batch: Any, wanted: list[int]) -> Any:
+        counts.append(len(wanted))
+        return own(self, batch, wanted)
+
+    monkeypatch.setattr(DuDiTrainer, "_under_reference", counted)
+    make(tmp_path / "initial", max_steps=8).train()
+    assert counts == [8] * 6 + [4] * 2
+    counts.clear()
+    make(tmp_path / "lagged", max_steps=8, reference="lagged").train()
+    assert counts == [8] * 8
 
 
 @pytest.mark.parametrize(
