@@ -350,6 +350,12 @@ class DuDiConfig(TrainingArguments):
                 f"teacher_top_p must be 1 with reference='teacher', got {self.teacher_top_p}: a "
                 "teacher that is cut short has no probability for some responses"
             )
+        longest = self.max_completion_length
+        if longest is not None and self.teacher_skip_tokens >= longest:
+            raise ValueError(
+                f"teacher_skip_tokens must be less than max_completion_length={longest}, got "
+                f"{self.teacher_skip_tokens}: the teacher would say nothing"
+            )
         if self.needs_samples and self.max_completion_length is None:
             raise ValueError("max_completion_length must be a number where samples are drawn")
 

@@ -96,7 +96,7 @@ def test_figures_of_two_tokenizers_equal_dense_formulas(tmp_path: Path, unmatche
             want = likeliest(torch.cat([mass, rest[None]]), len(token.learnt))
             assert shares(token.learnt) == pytest.approx(want, rel=1e-3)
             assert shares(token.verbalized) == pytest.approx(likeliest(p[j], 5), rel=1e-4)
-        assert 0 < shown.paired and shown.tokens[-1].partner == other.eos_token
+        assert shown.paired > 0 and shown.tokens[-1].partner == other.eos_token
 
 
 def test_what_has_no_token_of_the_student_s_is_told(tmp_path: Path) -> None:
