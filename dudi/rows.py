@@ -199,7 +199,7 @@ def _conversation_ids(reader: Reader, example: Example) -> tuple[list[int], list
     assert example.prompt_messages is not None and example.completion_message is not None
     before = reader.chat_text(example.prompt_messages, True)
     whole = reader.chat_text([*example.prompt_messages, example.completion_message], False)
-    _check_response(example.completion, whole)
+    _check_response(example.completion, whole.removeprefix(before))
     prompt, everything = reader.ids(before), reader.ids(whole)
     if everything[: len(prompt)] == prompt:
         return prompt, everything[len(prompt) :]
