@@ -40,6 +40,10 @@ class EvaluateArguments:
     split: str | None = _option("By default test; of a single file, all of it.", None)
     teacher_model_name_or_path: str | None = _option("Measure the KL from this teacher too.", None)
     teacher_tokenizer_name_or_path: str | None = _option("By default the teacher's own.", None)
+    vocabulary_verbalizer: str | None = _option(
+        "A run's verbalizer.safetensors; by default the map is made of the tokenizers.", None
+    )
+    chat_template_kwargs: dict[str, Any] | None = _option("Switches of both chat templates.", None)
     tokenizer_name_or_path: str | None = _option("By default the model's.", None)
     batch_size: int = _option("Rows at a time.", 16)
     max_prompt_length: int | None = _option("Tokens of a prompt at most; null is no limit.", 512)

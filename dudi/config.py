@@ -413,6 +413,12 @@ class DuDiConfig(TrainingArguments):
             _one_of("weight_schedules", name, WEIGHTS)
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive where it has a schedule, got 0")
+        longest = self.max_completion_length
+        if longest is not None and self.teacher_skip_tokens >= longest:
+            raise ValueError(
+                f"teacher_skip_tokens must be less than max_completion_length={longest}, got "
+                f"{self.teacher_skip_tokens}: the teacher would say nothing"
+            )
         if self.needs_samples and self.max_completion_length is None:
             raise ValueError("max_completion_length must be a number where samples are drawn")
 

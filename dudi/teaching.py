@@ -25,6 +25,7 @@ from dudi.signals import Packed, lm_head, pack, response_hidden
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
 from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
 
+TINY = 1e-12  # no 0 / 0
 UNPAIRED_SEEN = 256  # responses before a share of them that don't pair says anything
 
 
@@ -80,6 +81,7 @@ class Taught(NamedTuple):
     head: LMHead
     weight: Tensor | None  # (N,)
     gate: Tensor | None  # (M,) of the teacher's rows of y+
+    shift: Tensor | None  # (T,) how far the verbalized prompt moves the plain one's hidden states
 
 
 def make_lesson(
@@ -153,9 +155,10 @@ def teach(
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
     hidden = response_hidden(teacher, seen)
-    gate = None
+    gate = shift = None
     if lesson.plain is not None:
         plain = response_hidden(teacher, lesson.plain.to(device))
+        shift = (hidden - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
         if confidence_gating:
             given = seen.segment_ids % lesson.group == 0
             verbalized_says, plain_says = (
@@ -174,7 +177,7 @@ def teach(
     if not lesson.whole:
         whole = hidden.new_zeros(rows, hidden.shape[1])
         hidden = whole.index_copy_(0, student_rows, hidden[teacher_rows])
-    return Taught(hidden, head, weight, gate)
+    return Taught(hidden, head, weight, gate, shift)
 
 
 def confidence(verbalized: Tensor, plain: Tensor, power: float) -> Tensor:
@@ -260,23 +263,24 @@ class Teaching:
             a.confidence_gating,
             memory_budget=a.memory_budget,
         )
+        if taught.shift is not None:
+            self.meter.add("verbalizer_shift", taught.shift.sum(), len(taught.shift))
         if taught.gate is not None:
             self.meter.add("confidence_gate", taught.gate.sum(), len(taught.gate))
         return taught
 
     def map_on(self, device: torch.device) -> Verbalizer | None:
         """The map between the vocabularies, moved once."""
-        found = self.bridge.verbalizer
-        if found is not None and found.device != device:
-            found = found.to(device)
-            self.bridge = self.bridge._replace(verbalizer=found)
-        return found
+        self.bridge = self.bridge.to(device)
+        return self.bridge.verbalizer
 
     def record(self, entropy: Tensor, lesson: Lesson, packed: Packed) -> None:
-        """How sure the teacher is of the rows that it teaches."""
+        """Of how many rows that pair the teacher says anything, and how sure it is of them."""
         rows = float(lesson.taught(packed.segment_ids.cpu()).sum())
         if lesson.weight is not None:
             entropy = entropy * lesson.weight.to(entropy.device)
+        if self.args.teacher_skip_tokens:
+            self.meter.add("taught_rows", rows, len(lesson.student_rows))
         self.meter.add("teacher_entropy", entropy.sum(), rows)
 
 

@@ -415,14 +415,14 @@ class DuDiTrainer(Trainer):
         batch: MicroBatch,
     ) -> Any:
         a = self.args
-        off_rows, on_rows, pairs, off_taught, on_taught = batch.totals.tolist()
+        off_rows, on_rows, pairs, _, on_taught = batch.totals.tolist()
         hidden = response_hidden(module, packed)
         weight = None
         if taught is not None:
             weight = self._divergence_weight(module, hidden, packed, taught, batch)
-        if weight is not None:  # cross-entropy has the same denominator, but all of the rows
-            off = packed.segment_ids % batch.responses.group == 0
-            weight = torch.where(off, weight * (off_rows / max(off_taught, 1)), weight)
+            weight = _row_weight(
+                weight, packed.segment_ids % batch.responses.group == 0, batch.totals
+            )
         return linear_dudi_loss(
             hidden,
             lm_head(module),
@@ -436,7 +436,7 @@ class DuDiTrainer(Trainer):
             preference_length_power=a.preference_length_power,
             reference_log_prob=reference,
             off_policy_rows=off_rows,
-            on_policy_rows=on_rows if weight is None else max(on_taught, 1),
+            on_policy_rows=on_rows if taught is None else max(on_taught, 1),
             pairs=pairs,
             num_generations=batch.responses.group - 1,
             divergence_weight=weight,
@@ -748,3 +748,15 @@ def _languages(dataset: Any) -> list[str] | None:
     if dataset is None or "language" not in dataset.column_names:
         return None
     return sorted({code for code in dataset.unique("language") if code})
+
+
+def _row_weight(weight: Tensor | None, positive: Tensor, totals: Tensor) -> Tensor | None:
+    """(N,) of each row's divergence: its mean over y+ is over the rows that are taught anywhere in
+    the global batch, but its denominator is that of cross-entropy, which is over all of them."""
+    rows, _, _, taught, _ = totals.tolist()
+    scale = rows / max(taught, 1)
+    if scale == 1 or not rows:
+        return weight
+    if weight is None:
+        weight = torch.ones(len(positive), device=positive.device)
+    return torch.where(positive, weight * scale, weight)

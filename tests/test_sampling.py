@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_trainer import losses, make, sequences
+from test_trainer import make, sequences
 
 from dudi.rollout import cut_at_stop, generate
 from dudi.schedules import Schedule
@@ -72,9 +72,9 @@ def test_samples_ahead_are_those_of_the_first_policy(tmp_path: Path) -> None:
     assert [d.step for d in drawn["ahead"]] == [0, 0, 0, 3]
     for a, b in zip(drawn["one"], drawn["ahead"], strict=True):
         assert all(map(torch.equal, a.completions, b.completions))
-    found = losses(tmp_path / "3")
+    found = tiny.logged(tmp_path / "3")
     assert [r["rollout_staleness"] for r in found] == [0, 1, 2, 0]
-    for a, b in zip(losses(tmp_path / "1"), found, strict=True):
+    for a, b in zip(tiny.logged(tmp_path / "1"), found, strict=True):
         assert a["loss"] == b["loss"]
 
 
@@ -87,7 +87,7 @@ def test_samples_of_an_older_policy_weigh_less(tmp_path: Path) -> None:
             preference_weight=0.0, **settings,
         )  # fmt: skip
         trainer.train()
-        runs[weighed] = losses(tmp_path / str(weighed))
+        runs[weighed] = tiny.logged(tmp_path / str(weighed))
     assert runs[True][0] == runs[False][0] | {}
     share = runs[True][1]["rollout_importance"]
     assert 0 < share < 1
@@ -146,7 +146,7 @@ def test_weights_follow_their_schedules(tmp_path: Path) -> None:
         "off_policy_weight": {"kind": "linear", "end": 0.5},
     }
     make(tmp_path, weight_schedules=schedules, max_steps=3).train()
-    found = losses(tmp_path)
+    found = tiny.logged(tmp_path)
     assert [r["weights/on_policy_weight"] for r in found] == [0.5, 1, 1]
     assert [r["weights/off_policy_weight"] for r in found] == [1, 0.75, 0.5]
     for r in found:

@@ -13,7 +13,6 @@ import torch
 import vocabularies
 from datasets import Dataset
 
-from dudi.callbacks import read_jsonl
 from dudi.demo_data import ui_strings
 from dudi.evaluate import evaluate_model
 from dudi.teaching import confidence
@@ -132,14 +131,14 @@ def test_training_with_another_tokenizer_and_resuming(tmp_path: Path) -> None:
     trainer = make(tmp_path / "cut", **settings)
     trainer.train()
     assert "map" in trainer._identity and trainer._identity["map"] is not None
-    lines = [r for r in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    lines = tiny.logged(tmp_path / "whole")
     for line in lines:
         assert 0 < line["paired_rows"] < 1 and line["unpaired_responses"] == 0
         assert line["teacher_entropy"] > 0
     (tmp_path / "cut" / "checkpoint-4").rename(tmp_path / "aside")
     again = make(tmp_path / "cut", **settings)
     again.train(resume_from_checkpoint=True)
-    resumed = [r for r in read_jsonl(tmp_path / "cut" / "metrics.jsonl") if "loss" in r]
+    resumed = tiny.logged(tmp_path / "cut")
     assert resumed == lines
     same = make(tmp_path / "cut", **(settings | {"other": False}))
     with pytest.raises(ValueError, match="the map between the vocabularies is another"):

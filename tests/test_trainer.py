@@ -34,15 +34,6 @@ def make(folder: Any, callbacks: Any = None, **settings: Any) -> DuDiTrainer:
     )
 
 
-def losses(folder: Path) -> list[dict[str, float]]:
-    """The logged steps without the figures that are clock readings."""
-    return [
-        {name: value for name, value in r.items() if not name.endswith("_per_second")}
-        for r in read_jsonl(folder / "metrics.jsonl")
-        if "loss" in r
-    ]
-
-
 def sequences(packed: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and row mask of each sequence, in their order."""
     found = []
@@ -127,7 +118,9 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
             max_steps=2,
         )
         trainer.train()
-        finals.append([losses(folder)[-1]["off_policy_loss"], *map(float, _norms(trainer.model))])
+        finals.append(
+            [tiny.logged(folder)[-1]["off_policy_loss"], *map(float, _norms(trainer.model))]
+        )
     assert finals[0] == pytest.approx(finals[1], rel=1e-5)
 
 
@@ -138,7 +131,7 @@ def _norms(model: torch.nn.Module) -> list[torch.Tensor]:
 def test_same_seed_same_losses(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make(tmp_path / name).train()
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert tiny.logged(tmp_path / "a") == tiny.logged(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +176,7 @@ def test_resuming_continues_the_curve_exactly(
     make(tmp_path / "cut", callbacks=[Stop()], **settings).train()
     resumed = make(tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert tiny.logged(tmp_path / "cut") == tiny.logged(tmp_path / "whole")
     ends = [read_jsonl(tmp_path / name / "metrics.jsonl")[-1] for name in ("cut", "whole")]
     assert ends[0]["train_loss"] == pytest.approx(ends[1]["train_loss"], rel=1e-6)
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
@@ -204,7 +197,7 @@ def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
     resumed = make(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     assert not resumed.interrupted
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert tiny.logged(tmp_path / "cut") == tiny.logged(tmp_path / "whole")
 
 
 def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None:
@@ -229,7 +222,7 @@ def test_teacher_scores_only_the_side_that_needs_it(tmp_path: Path) -> None:
         else:
             trainer.args.__class__ = type("Both", (DuDiConfig,), {"taught_sides": sides})
         trainer.train()
-        losses_seen.append([r["loss"] for r in losses(folder)])
+        losses_seen.append([r["loss"] for r in tiny.logged(folder)])
     assert losses_seen[0] == pytest.approx(losses_seen[1], rel=1e-6)
 
 
@@ -248,8 +241,8 @@ def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     plain.train()
     assert plain.teacher is None
-    assert losses(tmp_path / "ce")[0]["loss"] == pytest.approx(
-        losses(tmp_path / "ce")[0]["ce_loss"], rel=1e-5
+    assert tiny.logged(tmp_path / "ce")[0]["loss"] == pytest.approx(
+        tiny.logged(tmp_path / "ce")[0]["ce_loss"], rel=1e-5
     )
 
 
@@ -267,12 +260,14 @@ def test_logged_metrics(tmp_path: Path) -> None:
         "logps/chosen", "logps/rejected",
         "off_policy_loss", "on_policy_loss", "preference_loss", "ce_loss",
     }  # fmt: skip
-    for record in losses(tmp_path):
+    for record in tiny.logged(tmp_path):
         assert wanted <= record.keys()
         parts = record["off_policy_loss"] + record["on_policy_loss"]
         parts += 0.5 * record["preference_loss"] + 0.1 * record["ce_loss"]
         assert record["loss"] == pytest.approx(parts, rel=1e-4)
-    assert losses(tmp_path)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # pi = reference
+    assert tiny.logged(tmp_path)[0]["rewards/margins"] == pytest.approx(
+        0, abs=1e-4
+    )  # pi = reference
 
 
 def test_gradient_tolerance(tmp_path: Path) -> None:
@@ -280,7 +275,7 @@ def test_gradient_tolerance(tmp_path: Path) -> None:
     found = []
     for name, tolerance in (("exact", 0.0), ("some", 0.3)):
         make(tmp_path / name, gradient_tolerance=tolerance, max_steps=1).train()
-        found.append(losses(tmp_path / name)[0])
+        found.append(tiny.logged(tmp_path / name)[0])
     assert "skipped_logits" not in found[0] and 0 <= found[1]["skipped_logits"] <= 1
     assert found[0]["loss"] == found[1]["loss"]
 
@@ -321,7 +316,7 @@ def test_peft_trains_the_adapter_only(tmp_path: Path) -> None:
     assert isinstance(trainer.reference, AdapterOff)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "checkpoint-2" / "reference.safetensors").exists()
-    assert losses(tmp_path)[1]["rewards/margins"] != 0
+    assert tiny.logged(tmp_path)[1]["rewards/margins"] != 0
     make_adapted(tmp_path, lora(), **SAVING).check_resumable()
 
 
@@ -335,7 +330,7 @@ def test_a_copy_of_an_adapter_equals_the_model_under_it(tmp_path: Path) -> None:
             trainer.reference = Reference(trainer.model)
             assert all("lora_" in n for n in trainer.reference.weights)
         trainer.train()
-        runs.append(losses(tmp_path / name))
+        runs.append(tiny.logged(tmp_path / name))
     assert runs[0] == runs[1]
     assert not adds_nothing(trainer.model) and not adds_nothing(tiny.model(0))
     lagged = make_adapted(tmp_path / "lagged", lora(), reference="lagged")
@@ -348,7 +343,7 @@ def test_a_reference_in_half_precision_on_the_cpu(tmp_path: Path) -> None:
     assert {w.dtype for w in trainer.reference.weights.values()} == {torch.bfloat16}
     trainer.train()
     make(tmp_path / "whole").train()
-    half, whole = (losses(tmp_path / name) for name in ("half", "whole"))
+    half, whole = (tiny.logged(tmp_path / name) for name in ("half", "whole"))
     assert half[0]["rewards/margins"] != whole[0]["rewards/margins"] == 0
     assert half[0]["rewards/margins"] == pytest.approx(0, abs=0.2)
 
