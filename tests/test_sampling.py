@@ -112,7 +112,7 @@ def test_importance_is_the_ratio_of_probabilities(tmp_path: Path) -> None:
     want = (torch.cat(now) - then).clamp(max=0).exp().mean().item()
     trainer.compute_loss(trainer.model, inputs)
     total, count = trainer.meter.sums["rollout_importance"].tolist()
-    assert total / count == pytest.approx(want, rel=1e-4) and want < 0.9
+    assert total / count == pytest.approx(want, rel=1e-4) and want < 0.95
 
 
 @pytest.mark.parametrize("size", [3, 64])
