@@ -8,6 +8,7 @@ float64: it shares nothing with the fused losses that it shows the input of.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -201,6 +202,15 @@ def _nucleus(p: Tensor, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+def _visible(text: str) -> str:
+    """Spaces alone, line ends and lone marks (a vowel of a character before) can be seen."""
+    if text.isspace():
+        text = text.replace(" ", "␣")
+    if unicodedata.category(text[0]).startswith("M"):
+        text = f"◌{text}"
+    return text.replace("\n", "⏎").replace("\t", "⇥")
+
+
 class Speller:
     """Tokens as text that can be read: a part of a character shows its bytes, as \\xe1."""
 
@@ -214,5 +224,5 @@ class Speller:
     def __call__(self, i: int) -> str:
         own = self.bytes[i] if i < len(self.bytes) else None
         if own:
-            return own.decode(errors="backslashreplace").replace("\n", "⏎").replace("\t", "⇥")
+            return _visible(own.decode(errors="backslashreplace"))
         return str(self.tokenizer.convert_ids_to_tokens(i) or i)  # a special one, or padding

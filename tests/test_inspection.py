@@ -115,6 +115,9 @@ def test_tokens_that_cut_a_character_show_its_bytes() -> None:
     spell = Speller(vocabularies.byte_level(["ก", " x"]))
     tokens = [i for text in ("ก", " x", "\n", "ข") for i in spell.tokenizer(text)["input_ids"]]
     assert [spell(i) for i in tokens] == ["ก", " x", "⏎", "\\xe0", "\\xb8", "\\x82"]
+    marks = Speller(vocabularies.byte_level(["\u0e35", "  "]))
+    shown = [marks(marks.tokenizer(text)["input_ids"][0]) for text in ("\u0e35", "  ")]
+    assert shown == ["◌\u0e35", "␣␣"]
     assert spell(spell.tokenizer.eos_token_id) == "<|im_end|>"
     assert spell(99_999) == "99999"  # a padded head's
 

@@ -17,6 +17,7 @@ from dudi import cli
 from dudi.bridge import MapSettings, build_bridge
 from dudi.callbacks import read_jsonl
 from dudi.demo_data import translation_rows
+from dudi.rows import Reader, TeacherPrompts
 from dudi.trainer import DuDiTrainer
 
 
@@ -148,6 +149,13 @@ def test_a_teacher_s_tokenizer_lies_beside_it_or_is_the_student_s(tmp_path: Path
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"the teacher's tokenizer .* can't be loaded"):
         build_bridge(student, teacher, own, None, MapSettings())
+
+
+def test_a_prompt_must_give_the_teacher_a_token() -> None:
+    """The student may have a beginning-of-sequence token where the teacher has none."""
+    prompts = TeacherPrompts(Reader(teacher_tokenizer()))
+    with pytest.raises(ValueError, match="prompt must give at least one token of the teacher's"):
+        prompts.plain({"prompt": "", "completion": "x"})
 
 
 # ---- rows that don't pair ------------------------------------------------------------------------
