@@ -194,6 +194,13 @@ class DuDiConfig(TrainingArguments):
     log_completions: bool = _field(False, "Print samples at each log event.")
     num_completions_to_print: int = _field(4, "How many of them.")
 
+    # bodies
+    padding_free: bool = _field(
+        False,
+        "Bodies read a micro-batch's sequences one after another, without padding (attention: "
+        "flash_attention_2, or sdpa where sequences are short).",
+    )
+
     # data
     max_prompt_length: int | None = _field(512, "Tokens of a prompt at most; None is no limit.")
     max_completion_length: int | None = _field(256, "Tokens of y+ and y- at most.")

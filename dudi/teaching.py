@@ -149,15 +149,16 @@ def teach(
     device: torch.device,
     verbalized_share: float = 1.0,
     confidence_gating: float = 0.0,
+    padding_free: bool = False,
     **options: Any,  # of linear_log_prob
 ) -> Taught:
     """Hidden states for the student's rows, and the weights of their divergences."""
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
-    hidden = response_hidden(teacher, seen)
+    hidden = response_hidden(teacher, seen, padding_free)
     gate = shift = None
     if lesson.plain is not None:
-        plain = response_hidden(teacher, lesson.plain.to(device))
+        plain = response_hidden(teacher, lesson.plain.to(device), padding_free)
         shift = (hidden - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
         if confidence_gating:
             given = seen.segment_ids % lesson.group == 0
@@ -261,6 +262,7 @@ class Teaching:
             device,
             a.verbalized_share,
             a.confidence_gating,
+            a.padding_free,
             memory_budget=a.memory_budget,
         )
         if taught.shift is not None:

@@ -55,7 +55,15 @@ from dudi.models import (
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
-from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
+from dudi.signals import (
+    Packed,
+    causal_lm,
+    check_padding_free,
+    lm_head,
+    pack,
+    redirected_forward,
+    response_hidden,
+)
 from dudi.teaching import (
     Lesson,
     Responses,
@@ -154,6 +162,10 @@ class DuDiTrainer(Trainer):
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
+        if args.padding_free:
+            for who, own in (("student", student), ("teacher", teacher)):
+                if own is not None:
+                    check_padding_free(own, who)
         self.meter = Meter()
         self.teaching = Teaching(
             self.bridge, self.verbalizer, args, tokenizer, self.meter, train_dataset
@@ -327,7 +339,7 @@ class DuDiTrainer(Trainer):
         packed = pack(prompts, drawn.completions, self.processing_class.pad_token_id)
         packed = packed.to(self.accelerator.device)
         with self.accelerator.autocast():
-            hidden = response_hidden(module, packed)
+            hidden = response_hidden(module, packed, self.args.padding_free)
             return self._log_probs(module, hidden, packed.targets).cpu()
 
     def _log_probs(self, module: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -397,7 +409,7 @@ class DuDiTrainer(Trainer):
         module = self.accelerator.unwrap_model(self.model)
         assert self.reference is not None
         with self.reference.applied(module):
-            hidden = response_hidden(module, packed)
+            hidden = response_hidden(module, packed, self.args.padding_free)
             return sequence_log_prob(
                 hidden,
                 lm_head(module),
@@ -416,7 +428,7 @@ class DuDiTrainer(Trainer):
     ) -> Any:
         a = self.args
         off_rows, on_rows, pairs, _, on_taught = batch.totals.tolist()
-        hidden = response_hidden(module, packed)
+        hidden = response_hidden(module, packed, self.args.padding_free)
         weight = None
         if taught is not None:
             weight = self._divergence_weight(module, hidden, packed, taught, batch)

@@ -102,6 +102,15 @@ def test_step_equals_dense_formulas(tmp_path: Path, length_power: int) -> None:
         assert error < 1e-4, name
 
 
+def test_without_padding_the_losses_are_the_same(tmp_path: Path) -> None:
+    """Of student, teacher and reference."""
+    for free in (False, True):
+        make(tmp_path / str(free), padding_free=free).train()
+    padded, packed = (tiny.logged(tmp_path / str(free)) for free in (False, True))
+    for a, b in zip(padded, packed, strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+
+
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     """Every mean is over the global batch, however it is cut into micro-batches."""
     finals = []
