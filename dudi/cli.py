@@ -223,7 +223,7 @@ TRAIN_GROUPS = {
     "Optimisation": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
-        "padding_free",
+        "padding_free", "compile_bodies", "activation_checkpointing", "use_liger_kernel",
         "memory_budget", "gradient_tolerance",
     ),
     "Run": (
