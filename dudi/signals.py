@@ -46,6 +46,11 @@ class Packed(NamedTuple):
 MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
 
 
+def number_of_groups(sequences: int) -> int:
+    """Forward passes that so many sequences are packed for."""
+    return max(1, min(MOST_GROUPS, sequences // SMALLEST_GROUP))
+
+
 def pack(
     prompts: Sequence[Tensor],  # B of (P_i,)
     responses: Sequence[Tensor],  # B of (R_i,)
@@ -54,7 +59,7 @@ def pack(
 ) -> Packed:
     """Put each response right after its prompt, padding last, so no row comes from a PAD token."""
     sequences = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
-    count = max(1, min(MOST_GROUPS, len(sequences) // SMALLEST_GROUP))
+    count = number_of_groups(len(sequences))
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     parts = [part.tolist() for part in torch.tensor(by_length).tensor_split(count)]
     groups = tuple(
