@@ -1,4 +1,4 @@
-"""The `dudi` command: train, evaluate, verbalize, report, demo.
+"""The `dudi` command: train, plan, evaluate, verbalize, report, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -54,6 +54,17 @@ class VerbalizeArguments:
     top: int = _option("Likeliest tokens of each distribution.", 5)
     tokens: int = _option("Tokens of a response in the terminal; the page has all.", 12)
     page: str = _option("The HTML file to write.", "verbalize.html")
+
+
+@dataclass(kw_only=True)
+class PlanArguments:
+    gpus: int = _option("Ranks, one a GPU.", 1)
+    gpu_memory: float | None = _option("GiB of each; says whether the run fits.", None)
+    prompt_length: int | None = _option("Tokens of all prompts; by default the limit.", None)
+    completion_length: int | None = _option("Tokens of all responses; the same.", None)
+    teacher_prompt_length: int | None = _option("Tokens of what the teacher reads first.", None)
+    strategy: str = _option("ddp; or fsdp, an estimate of what the trainer refuses.", "ddp")
+    json: str | None = _option("Write the figures to this JSON file.", None)
 
 
 @dataclass(kw_only=True)
@@ -119,6 +130,21 @@ def verbalize(words: list[str], console: Console) -> None:
     from dudi.inspection import run_inspection
 
     run_inspection(script, config, **vars(shown), console=console)
+
+
+def plan(words: list[str], console: Console) -> None:
+    from dudi.config import checked, field_types, from_options, read_options
+
+    config_file, overrides = _split_config(words)
+    own = field_types(PlanArguments)
+    unread = {"output_dir": "runs/plan", "dataset_name": "unread"}
+    options = unread | read_options(config_file, overrides, own)
+    given = PlanArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
+    script, config = from_options(options)
+    from dudi.planning.command import run_plan
+
+    settings = vars(given)
+    run_plan(script, config, json_file=settings.pop("json"), **settings, console=console)
 
 
 def report(words: list[str], console: Console) -> None:
@@ -232,6 +258,11 @@ def show_verbalize_options(console: Console) -> None:
     show_train_options(console)
 
 
+def show_plan_options(console: Console) -> None:
+    show_options(console, "What is planned", rows_of(PlanArguments).values())
+    show_train_options(console)
+
+
 def shows(cls: type) -> Callable[[Console], None]:
     return lambda console: show_options(console, "Options", rows_of(cls).values())
 
@@ -250,6 +281,12 @@ COMMANDS = {
         show_train_options,
         "dudi train --config recipe.yaml [--name value ...]",
         "Train a student with up to three signals; or a teacher, with cross-entropy alone.",
+    ),
+    "plan": Command(
+        plan,
+        show_plan_options,
+        "dudi plan --config recipe.yaml [--gpus N] [--gpu_memory GIB] [--name value ...]",
+        "Memory and FLOPs of a step before it runs, and what to change where it does not fit.",
     ),
     "evaluate": Command(
         evaluate,

@@ -33,7 +33,9 @@ def load_model(
 
 def load_model_config(name: str, init_kwargs: dict[str, Any], argument: str) -> Any:
     """The configuration of a name or path; no weight is read. ValueError names `argument`."""
-    return _load(AutoConfig.from_pretrained, name, argument, {"trust_remote_code": False} | init_kwargs)
+    return _load(
+        AutoConfig.from_pretrained, name, argument, {"trust_remote_code": False} | init_kwargs
+    )
 
 
 def load_tokenizer(name: str, argument: str) -> Any:

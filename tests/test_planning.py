@@ -110,5 +110,6 @@ def test_the_peak_is_what_is_measured(name: str, tmp_path: Path) -> None:
         settings["teacher_model_name_or_path"] = teacher(tmp_path / "teacher")
     plan, peak = planned(settings), measured(settings)
     print(name, plan.peak.bytes / 1e6, peak / 1e6, plan.peak.bytes / peak)
-    for phase in plan.phases: print(phase.name, phase.bytes/1e6, {k: round(v/1e6,1) for k,v in phase.parts.items()})
+    for phase in plan.phases:
+        print(phase.name, phase.bytes / 1e6, {k: round(v / 1e6, 1) for k, v in phase.parts.items()})
     assert abs(plan.peak.bytes / peak - 1) <= 0.15

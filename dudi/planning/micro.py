@@ -1,7 +1,8 @@
 """One micro-batch on fake tensors: its hidden states, and a stand-in for the fused loss.
 
-Sequences go through the body in as many passes as the trainer's, all of them at their longest. The stand-in allocates what
-`plan_memory` says that the loss holds: its workspace, and the gradients of head and hidden states.
+Sequences go through the body in as many passes as the trainer's, all of them at their longest. The
+stand-in allocates what `plan_memory` says that the loss holds: its workspace, and the gradients of
+head and hidden states.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def log_prob_plan(model: Any, rows: int, loss: Loss, precision: Precision) -> Me
     weight = lm_head(model).weight
     return plan_memory(
         rows,
-        *weight.shape,
+        len(weight),
+        weight.shape[1],
         per_row=True,
         dtype=precision.autocast or weight.dtype,
         train_hidden=False,
@@ -110,7 +112,8 @@ def loss_plan(model: Any, load: Load, loss: Loss, precision: Precision) -> Memor
     vocabulary, width, dtype = loss.teacher or (len(weight), None, weight.dtype)
     plan = plan_memory(
         load.rows,
-        *weight.shape,
+        len(weight),
+        weight.shape[1],
         width,
         divergence=loss.divergence,
         dtype=precision.autocast or min(weight.dtype, dtype, key=lambda kind: kind.itemsize),
@@ -125,30 +128,48 @@ def loss_plan(model: Any, load: Load, loss: Loss, precision: Precision) -> Memor
 
 
 class FusedLoss(torch.autograd.Function):
-    """(hidden, weight, plan, live) -> a scalar."""
+    """(hidden, weight, plan, live, head) -> a scalar.
+
+    The head's gradient goes to the list `head`, to be held there: autograd adds that of a tied
+    embedding to it in place, but would make a third of the two for fake tensors.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: MemoryPlan, live: Live) -> Tensor:
-        ctx.plan, ctx.live, ctx.early = plan, live, plan.strategy == "retain"
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        plan: MemoryPlan,
+        live: Live,
+        head: list[Tensor | None],
+    ) -> Tensor:
+        ctx.plan, ctx.live, ctx.head, ctx.early = plan, live, head, plan.strategy == "retain"
         ctx.save_for_backward(hidden, weight)
-        with live.under(WORKSPACE):
-            workspace = torch.empty(plan.workspace, dtype=torch.uint8)
-        ctx.made = _gradients(ctx, hidden, weight) if ctx.early else None
-        del workspace
+        ctx.made = None
+        with _workspace(ctx):
+            if ctx.early:
+                ctx.made = _gradients(ctx, hidden, weight)
         return hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = ctx.saved_tensors
+        hidden, weight = ctx.saved_tensors
         made, ctx.made = ctx.made, None
         if made is None:
-            with ctx.live.under(WORKSPACE):
-                workspace = torch.empty(ctx.plan.workspace, dtype=torch.uint8)
-            made = _gradients(ctx, *inputs)
-            del workspace
+            with _workspace(ctx):
+                made = _gradients(ctx, hidden, weight)
         with ctx.live.under(HEAD_GRADIENT):
-            own = [None if g is None else g.to(t.dtype) for g, t in zip(made, inputs, strict=True)]
-        return (*own, None, None)
+            of_hidden, of_weight = made
+            ctx.head.append(None if of_weight is None else of_weight.to(weight.dtype))
+            return of_hidden.to(hidden.dtype), None, None, None, None
+
+
+@contextmanager
+def _workspace(ctx: Any) -> Iterator[None]:
+    with ctx.live.under(WORKSPACE):
+        held = torch.empty(ctx.plan.workspace, dtype=torch.uint8)
+    yield
+    del held
 
 
 def _gradients(ctx: Any, *inputs: Tensor) -> list[Tensor | None]:

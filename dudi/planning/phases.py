@@ -128,9 +128,7 @@ class Refinement(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def teach(
-    spec: Spec, load: Load, precision: Precision, refinement: Refinement, loss: Loss
-) -> Peak:
+def teach(spec: Spec, load: Load, precision: Precision, refinement: Refinement, loss: Loss) -> Peak:
     """The teacher's hidden states."""
     model, live = _begin(spec)
     count = load.prompts * load.taught
@@ -196,6 +194,7 @@ def forward_backward(
     model, live = _begin(spec)
     plan = loss_plan(model, load, loss, precision)
     trained = _trained(model)
+    head: list[Tensor | None] = []
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: live.hold([p.grad], GRADIENTS))
         for p in trained
@@ -203,7 +202,7 @@ def forward_backward(
 
     def forward() -> Tensor:
         hidden = student_hidden(model, load)
-        return FusedLoss.apply(hidden, lm_head(model).weight, plan, live)
+        return FusedLoss.apply(hidden, lm_head(model).weight, plan, live, head)
 
     try:
         with fakes(), live, live.under(ACTIVATIONS):
@@ -213,6 +212,7 @@ def forward_backward(
             with precision.region():
                 value, first = live.watch(forward)
             _, second = live.watch(value.backward)
+            head.clear()
             del taught
     finally:
         for hook in hooks:

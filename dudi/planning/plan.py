@@ -16,11 +16,10 @@ from torch import nn
 
 from dudi.config import DuDiConfig, ScriptArguments
 from dudi.models import learned_positions
-from dudi.planning.micro import TEACHING, Load, Loss, Precision
+from dudi.planning.micro import Load, Loss, Precision
 from dudi.planning.models import Spec, build, student_spec, teacher_spec
 from dudi.planning.phases import (
     GRADIENTS,
-    ROLLOUTS,
     STATES,
     Refinement,
     Sampling,
@@ -34,7 +33,9 @@ from dudi.planning.sharding import sharded
 from dudi.signals import lm_head
 
 GIB = 2**30
-RESERVED = 0.08  # of a GPU, for the CUDA context, libraries and fragmentation: assumed, not measured
+RESERVED = (
+    0.08  # of a GPU, for the CUDA context, libraries and fragmentation: assumed, not measured
+)
 STUDENT, TEACHER, REFERENCE = "student weights", "teacher weights", "reference copy"
 BUCKETS = "DDP buckets"
 STRATEGIES = ("ddp", "fsdp")
@@ -57,6 +58,9 @@ class Lengths(NamedTuple):
     teacher_prompt: int | None = None
 
 
+LIMITS = Lengths()
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """Of one rank; all ranks are alike."""
@@ -70,6 +74,7 @@ class RunPlan:
     strategy: str
     device: str
     gpu_memory: float | None  # GiB
+    one_vocabulary: bool  # of student and teacher
 
     @property
     def peak(self) -> Phase:
@@ -111,7 +116,7 @@ def plan_run(
     *,
     gpus: int = 1,
     gpu_memory: float | None = None,  # GiB of each
-    lengths: Lengths = Lengths(),
+    lengths: Lengths = LIMITS,
     strategy: str = "ddp",
 ) -> RunPlan:
     """Memory and FLOPs of an optimizer step, before anything is loaded.
@@ -149,7 +154,12 @@ def plan_run(
         strategy,
         _device(config),
         gpu_memory,
+        teacher is not None and _vocabulary(student) == _vocabulary(teacher),
     )
+
+
+def _vocabulary(spec: Spec) -> int:
+    return lm_head(build(spec)).vocab_size
 
 
 def _check(gpus: int, gpu_memory: float | None, strategy: str) -> None:
@@ -264,9 +274,7 @@ def _needs_copy(config: DuDiConfig) -> bool:
     return config.preference_weight > 0 and config.reference in ("initial", "lagged")
 
 
-def _standing(
-    student: Spec, teacher: Spec | None, config: DuDiConfig, gpus: int
-) -> dict[str, int]:
+def _standing(student: Spec, teacher: Spec | None, config: DuDiConfig, gpus: int) -> dict[str, int]:
     """What is in memory in every phase, from the second step on."""
     trained = _bytes(_trained(student))
     parts = {

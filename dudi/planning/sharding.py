@@ -30,8 +30,8 @@ def sharded(parts: dict[str, int], models: list[Any], ranks: int) -> dict[str, i
 
 def _blocks(model: Any) -> list[nn.Module]:
     """The layers of the longest list of modules."""
-    lists = [m for m in causal_lm(model).modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    lists = [list(m) for m in causal_lm(model).modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _bytes(module: nn.Module) -> int:
