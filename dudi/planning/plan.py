@@ -16,6 +16,7 @@ from torch import nn
 
 from dudi.config import DuDiConfig, ScriptArguments
 from dudi.models import learned_positions
+from dudi.planning.live import Peak
 from dudi.planning.micro import Load, Loss, Precision
 from dudi.planning.models import Spec, build, student_spec, teacher_spec
 from dudi.planning.phases import (
@@ -243,10 +244,15 @@ def _phases(
     add("student forward", step.forward.parts, step.forward.flops)
     flops["fused loss"] = step.loss_flops * times
     add("student backward", step.backward.parts, step.backward.flops)
-    peak = optimize(student, config.optim, config.optim_args)
+    peak = _optimizer(student, config)
     added = {part: size for part, size in peak.parts.items() if part != STATES}
     phases.append(Phase("optimizer step", added))
     return phases, flops
+
+
+def _optimizer(student: Spec, config: DuDiConfig) -> Peak:
+    name = getattr(config.optim, "value", config.optim)
+    return optimize(student, name, config.optim_args)
 
 
 def _autocast(config: DuDiConfig) -> torch.dtype | None:
@@ -279,7 +285,7 @@ def _standing(student: Spec, teacher: Spec | None, config: DuDiConfig, gpus: int
     trained = _bytes(_trained(student))
     parts = {
         STUDENT: _bytes(_tensors(student)),
-        STATES: optimize(student, config.optim, config.optim_args).parts.get(STATES, 0),
+        STATES: _optimizer(student, config).parts.get(STATES, 0),
         TEACHER: 0 if teacher is None else _bytes(_tensors(teacher)),
         REFERENCE: trained * _needs_copy(config),
         BUCKETS: trained * (gpus > 1),
