@@ -133,18 +133,16 @@ def verbalize(words: list[str], console: Console) -> None:
 
 
 def plan(words: list[str], console: Console) -> None:
-    from dudi.config import checked, field_types, from_options, read_options
+    from dudi.config import checked, field_types, read_options
 
     config_file, overrides = _split_config(words)
     own = field_types(PlanArguments)
-    unread = {"output_dir": "runs/plan", "dataset_name": "unread"}
-    options = unread | read_options(config_file, overrides, own)
+    options = read_options(config_file, overrides, own)
     given = PlanArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
-    script, config = from_options(options)
     from dudi.planning.command import run_plan
 
     settings = vars(given)
-    run_plan(script, config, json_file=settings.pop("json"), **settings, console=console)
+    run_plan(options, json_file=settings.pop("json"), **settings, console=console)
 
 
 def report(words: list[str], console: Console) -> None:

@@ -16,9 +16,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dudi import cli
-from dudi.config import from_options
 from dudi.demo_data import data_path
-from dudi.planning import RunPlan, plan_run
+from dudi.planning import RunPlan, plan_run, read_options
 from dudi.planning.advice import Recipe, advise, make_fit
 
 HERE = Path(__file__).parent
@@ -75,7 +74,7 @@ def options(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def planned(options: dict[str, Any], **settings: Any) -> RunPlan:
-    return plan_run(*from_options(options), **settings)
+    return plan_run(*read_options(options), **settings)
 
 
 def measured(options: dict[str, Any]) -> int:
@@ -171,7 +170,8 @@ def test_checkpointing_runs_the_layers_again(tmp_path: Path) -> None:
     forward = plain.flops["student forward"]
     assert again.flops["student forward"] == forward
     more = again.flops["student backward"] - plain.flops["student backward"]
-    assert 0.8 * forward < more <= forward  # what nothing needs again is left out
+    last = 2 * 4 * 256 * LAYERS * 384 * 1024  # of each layer's GEMMs: nothing needs its result
+    assert more == forward - last
     assert again.peak.bytes < plain.peak.bytes
 
 
@@ -225,31 +225,31 @@ def test_several_gpus(tmp_path: Path) -> None:
 
 def test_advice_is_what_a_new_plan_says(tmp_path: Path) -> None:
     settings = taught(tmp_path, max_teacher_prompt_length=192, use_cpu=False)
-    plan = planned(settings, gpu_memory=0.5)
+    plan = planned(settings, gpu_memory=0.25)
     assert plan.fits is False
-    recipe = Recipe(*from_options(settings))
+    recipe = Recipe(*read_options(settings))
     alone = list(advise(recipe, plan))
     names = [line.partition(":")[0] for one in alone for line in one.change]
     assert {"activation_checkpointing", "gradient_accumulation_steps", "use_peft"} < set(names)
     assert {"teacher_model_init_kwargs", "max_completion_length", "reference"} < set(names)
     for one in alone:
         changed = settings | yaml.safe_load("\n".join(one.change))
-        again = planned(changed, gpu_memory=0.5)
+        again = planned(changed, gpu_memory=0.25)
         assert again.peak == one.plan.peak
         assert one.saved == plan.peak.bytes - again.peak.bytes > 0
 
 
 def test_changes_one_upon_another(tmp_path: Path) -> None:
     settings = taught(tmp_path, max_teacher_prompt_length=192, use_cpu=False)
-    recipe = Recipe(*from_options(settings))
-    plan = planned(settings, gpu_memory=0.5)
+    recipe = Recipe(*read_options(settings))
+    plan = planned(settings, gpu_memory=0.25)
     together = make_fit(recipe, plan)
     assert len(together) > 1 and together[-1].plan.fits
     assert not any(one.plan.fits for one in together[:-1])
     assert sum(one.saved for one in together) == plan.peak.bytes - together[-1].plan.peak.bytes
     changes = (yaml.safe_load("\n".join(one.change)) for one in together)
     changed = reduce(or_, changes, settings)
-    assert planned(changed, gpu_memory=0.5).peak == together[-1].plan.peak
+    assert planned(changed, gpu_memory=0.25).peak == together[-1].plan.peak
     assert make_fit(recipe, planned(settings, gpu_memory=40)) == []
 
 
@@ -266,7 +266,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     settings = taught(tmp_path, use_cpu=False)
     del settings["dataset_name"], settings["output_dir"]
     file = tmp_path / "plans" / "plan.json"
-    words = ("--gpus", "2", "--gpu_memory", "0.4", "--json", str(file))
+    words = ("--gpus", "2", "--gpu_memory", "0.3", "--json", str(file))
     assert run(tmp_path, settings, *words) == 0
     shown = capsys.readouterr().out
     for text in ("DDP buckets", "does not fit", "activation_checkpointing: true", "One upon"):
@@ -300,9 +300,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"optim": "adamw_bnb_8bit"}, (), "optim 'adamw_bnb_8bit' can't be planned"),
         ({"model_init_kwargs": {"load_in_4bit": True}}, (), "must not have load_in_4bit"),
         (
-            {"teacher_model_init_kwargs": {"dtype": "int3"}, "on_policy_weight": 1},
+            {"teacher_model_init_kwargs": {"dtype": "float31"}, "on_policy_weight": 1},
             ("--teacher_model_name_or_path", str(data_path("teacher"))),
-            "dtype of teacher_model_name_or_path must be one of torch, or auto, got 'int3'",
+            "dtype of teacher_model_name_or_path must be one of torch, or auto, got 'float31'",
         ),
         ({"memory_budget": 1000}, (), "memory_budget must be at least"),
         (

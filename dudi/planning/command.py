@@ -9,16 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from dudi.callbacks import write_text
-from dudi.config import DuDiConfig, ScriptArguments
 from dudi.planning.advice import Advice, Recipe, advise, make_fit
-from dudi.planning.plan import Lengths, RunPlan, plan_run
+from dudi.planning.plan import Lengths, RunPlan, plan_run, read_options
 from dudi.planning.table import advice_table, show_plan
 from dudi.run import quiet_libraries
 
 
 def run_plan(
-    script: ScriptArguments,
-    config: DuDiConfig,
+    options: dict[str, Any],  # of a recipe, unchecked
     *,
     gpus: int,
     gpu_memory: float | None,
@@ -31,6 +29,7 @@ def run_plan(
 ) -> RunPlan:
     """Plan a recipe and print it; `json_file` gets the figures."""
     quiet_libraries()
+    script, config = read_options(options)
     lengths = Lengths(prompt_length, completion_length, teacher_prompt_length)
     plan = plan_run(
         script, config, gpus=gpus, gpu_memory=gpu_memory, lengths=lengths, strategy=strategy

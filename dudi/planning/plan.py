@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dudi.config import DuDiConfig, ScriptArguments
+from dudi.config import DuDiConfig, ScriptArguments, checked, field_types, from_options
 from dudi.models import learned_positions
 from dudi.planning.live import Peak
 from dudi.planning.micro import Load, Loss, Precision
@@ -40,6 +40,7 @@ RESERVED = (
 STUDENT, TEACHER, REFERENCE = "student weights", "teacher weights", "reference copy"
 BUCKETS = "DDP buckets"
 STRATEGIES = ("ddp", "fsdp")
+NEED_A_GPU = ("bf16", "fp16", "tf32")
 
 
 class Phase(NamedTuple):
@@ -111,6 +112,22 @@ class RunPlan:
         }
 
 
+def read_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:
+    """`config.from_options`, where a plan is made on a machine that can't run it: what transformers
+    accepts with a GPU only is set afterwards."""
+    types = field_types(DuDiConfig)
+    later = checked({name: options[name] for name in NEED_A_GPU if name in options}, types)
+    if later.get("bf16") and later.get("fp16"):
+        raise ValueError("bf16 and fp16 exclude each other")
+    unread = {"output_dir": "runs/plan", "dataset_name": "unread"}
+    script, config = from_options(
+        unread | {name: value for name, value in options.items() if name not in later}
+    )
+    for name, value in later.items():
+        setattr(config, name, value)
+    return script, config
+
+
 def plan_run(
     script: ScriptArguments,
     config: DuDiConfig,
@@ -137,7 +154,10 @@ def plan_run(
     _check_positions(student, load.prompt_length, load)
     if teacher is not None:
         _check_positions(teacher, load.teacher_prompt_length, load)
-    phases, flops = _phases(student, teacher, config, load)
+    try:
+        phases, flops = _phases(student, teacher, config, load)
+    except RuntimeError as error:  # of operators: what they make depends on numbers, for one
+        raise ValueError(f"a model of this recipe can't be planned: {error}") from error
     standing = _standing(student, teacher, config, gpus if strategy == "ddp" else 1)
     whole = tuple(Phase(phase.name, standing | phase.parts) for phase in phases)
     if strategy == "fsdp":
