@@ -28,18 +28,18 @@ LLAMA: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 384,
     "intermediate_size": 1024,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "num_hidden_layers": 4}
+QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}
 COMMON: dict[str, Any] = {
     "max_steps": 2,
     "per_device_train_batch_size": 4,
-    "max_prompt_length": 192,
-    "max_completion_length": 64,
+    "max_prompt_length": 224,
+    "max_completion_length": 32,
     "max_teacher_prompt_length": 256,
     "report_to": "none",
     "save_strategy": "no",
@@ -89,7 +89,7 @@ def measured(options: dict[str, Any]) -> int:
 CASES: dict[str, dict[str, Any]] = {
     "three signals": {"model_config": LLAMA},
     "checkpointing, a large head": {
-        "model_config": LLAMA | {"vocab_size": 65_536, "num_hidden_layers": 8},
+        "model_config": LLAMA | {"vocab_size": 49_152},
         "activation_checkpointing": True,
         "off_policy_weight": 0,
         "on_policy_weight": 0,
@@ -149,17 +149,17 @@ def test_flops_are_those_counted_by_hand(tmp_path: Path) -> None:
     plan = planned(taught(tmp_path, gradient_accumulation_steps=3))
     tokens, layers, heads, width = 8 * 256, LAYERS, 6, 64
     gemms, scores = 2 * tokens * layers * BLOCK, layers * heads * 8 * 256**2 * width
-    head = 2 * 8 * 64 * VOCAB * 384  # rows x vocabulary x width
-    longer = 2 * 8 * 320 * layers * BLOCK + 4 * layers * heads * 8 * 320**2 * width
+    head = 2 * 8 * 32 * VOCAB * 384  # rows x vocabulary x width
+    longer = 2 * 8 * 288 * layers * BLOCK + 4 * layers * heads * 8 * 288**2 * width
     assert plan.flops["student forward"] == 3 * (gemms + 4 * scores)
     assert plan.flops["student backward"] == 3 * (2 * gemms + 10 * scores)
     assert plan.flops["teacher forward"] == 3 * longer
     assert plan.flops["reference forward"] == 3 * (gemms + 4 * scores + head)
     assert plan.flops["fused loss"] == 3 * 4 * head
-    contexts = sum(range(193, 256))  # of the steps of decoding, after a prefill of 192
-    prefill = 2 * 4 * 192 * layers * BLOCK + 4 * layers * heads * 4 * 192**2 * width
-    steps = 2 * 4 * 63 * layers * BLOCK + 4 * layers * heads * 4 * contexts * width
-    logits = 2 * 4 * 64 * VOCAB * 384
+    contexts = sum(range(225, 256))  # of the steps of decoding, after a prefill of 224
+    prefill = 2 * 4 * 224 * layers * BLOCK + 4 * layers * heads * 4 * 224**2 * width
+    steps = 2 * 4 * 31 * layers * BLOCK + 4 * layers * heads * 4 * contexts * width
+    logits = 2 * 4 * 32 * VOCAB * 384
     assert plan.flops["sampling"] == pytest.approx(3 * (prefill + steps + logits), rel=1e-6)
 
 
@@ -224,7 +224,7 @@ def test_several_gpus(tmp_path: Path) -> None:
 
 
 def test_advice_is_what_a_new_plan_says(tmp_path: Path) -> None:
-    settings = taught(tmp_path, max_teacher_prompt_length=192, use_cpu=False)
+    settings = taught(tmp_path, max_teacher_prompt_length=224, use_cpu=False)
     plan = planned(settings, gpu_memory=0.25)
     assert plan.fits is False
     recipe = Recipe(*read_options(settings))
@@ -240,7 +240,7 @@ def test_advice_is_what_a_new_plan_says(tmp_path: Path) -> None:
 
 
 def test_changes_one_upon_another(tmp_path: Path) -> None:
-    settings = taught(tmp_path, max_teacher_prompt_length=192, use_cpu=False)
+    settings = taught(tmp_path, max_teacher_prompt_length=224, use_cpu=False)
     recipe = Recipe(*read_options(settings))
     plan = planned(settings, gpu_memory=0.25)
     together = make_fit(recipe, plan)
@@ -287,7 +287,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({}, ("--gpus", "0"), "gpus must be at least 1, got 0"),
         ({}, ("--gpu_memory", "-3"), "gpu_memory must be positive, in GiB, got -3"),
         ({}, ("--strategy", "zero3"), "strategy must be one of ddp, fsdp, got 'zero3'"),
-        ({}, ("--prompt_length", "999"), "prompt_length must be from 1 to max_prompt_length=192"),
+        ({}, ("--prompt_length", "999"), "prompt_length must be from 1 to max_prompt_length=224"),
         ({}, ("--teacher_prompt_length", "9"), "the teacher reads no prompt of its own"),
         ({"max_prompt_length": None}, (), "prompt_length must be given: the recipe has no max_"),
         ({"model_config": None, "model_name_or_path": "./none"}, (), "'./none' does not exist"),
