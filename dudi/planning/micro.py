@@ -153,15 +153,15 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         made, ctx.made = ctx.made, None
         if made is None:
             with _workspace(ctx):
-                made = _gradients(ctx, hidden, weight)
+                made = _gradients(ctx, *inputs)
         with ctx.live.under(HEAD_GRADIENT):
-            of_hidden, of_weight = made
-            ctx.head.append(None if of_weight is None else of_weight.to(weight.dtype))
-            return of_hidden.to(hidden.dtype), None, None, None, None
+            own = [None if g is None else g.to(t.dtype) for g, t in zip(made, inputs, strict=True)]
+        ctx.head.append(own[1])
+        return own[0], None, None, None, None
 
 
 @contextmanager

@@ -11,45 +11,18 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-
 from dudi.config import DuDiConfig, ScriptArguments, checked, field_types, from_options
 from dudi.models import learned_positions
-from dudi.planning.live import Peak
-from dudi.planning.micro import Load, Loss, Precision
+from dudi.planning.micro import Load
 from dudi.planning.models import Spec, build, student_spec, teacher_spec
-from dudi.planning.phases import (
-    GRADIENTS,
-    STATES,
-    Refinement,
-    Sampling,
-    forward_backward,
-    optimize,
-    refer,
-    sample,
-    teach,
-)
 from dudi.planning.sharding import sharded
+from dudi.planning.step import Phase, count, device_of, standing, step_phases
 from dudi.signals import lm_head
 
 GIB = 2**30
-RESERVED = (
-    0.08  # of a GPU, for the CUDA context, libraries and fragmentation: assumed, not measured
-)
-STUDENT, TEACHER, REFERENCE = "student weights", "teacher weights", "reference copy"
-BUCKETS = "DDP buckets"
+RESERVED = 0.08  # of a GPU: CUDA context, libraries, fragmentation; assumed, not measured
 STRATEGIES = ("ddp", "fsdp")
 NEED_A_GPU = ("bf16", "fp16", "tf32")
-
-
-class Phase(NamedTuple):
-    name: str
-    parts: dict[str, int]  # bytes at the phase's peak
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.parts.values())
 
 
 class Lengths(NamedTuple):
@@ -155,25 +128,26 @@ def plan_run(
     if teacher is not None:
         _check_positions(teacher, load.teacher_prompt_length, load)
     try:
-        phases, flops = _phases(student, teacher, config, load)
+        phases, flops = step_phases(student, teacher, config, load)
     except RuntimeError as error:  # of operators: what they make depends on numbers, for one
         raise ValueError(f"a model of this recipe can't be planned: {error}") from error
-    standing = _standing(student, teacher, config, gpus if strategy == "ddp" else 1)
-    whole = tuple(Phase(phase.name, standing | phase.parts) for phase in phases)
+    stays = standing(student, teacher, config, gpus if strategy == "ddp" else 1)
+    whole = tuple(Phase(phase.name, stays | phase.parts) for phase in phases)
     if strategy == "fsdp":
         models = [build(spec) for spec in (student, teacher) if spec is not None]
         whole = tuple(phase._replace(parts=sharded(phase.parts, models, gpus)) for phase in whole)
-    parameters = _count(build(student).parameters()), _count(_trained(student))
+    parameters = {"student": count(student), "trained": count(student, trained=True)}
+    if teacher is not None:
+        parameters["teacher"] = count(teacher)
     return RunPlan(
         whole,
         flops,
-        {"student": parameters[0], "trained": parameters[1]}
-        | ({} if teacher is None else {"teacher": _count(build(teacher).parameters())}),
+        parameters,
         load,
         config.gradient_accumulation_steps,
         gpus,
         strategy,
-        _device(config),
+        device_of(config),
         gpu_memory,
         teacher is not None and _vocabulary(student) == _vocabulary(teacher),
     )
@@ -192,14 +166,10 @@ def _check(gpus: int, gpu_memory: float | None, strategy: str) -> None:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
-def _device(config: DuDiConfig) -> str:
-    return "cpu" if config.use_cpu else "cuda"
-
-
 def _load(config: DuDiConfig, lengths: Lengths) -> Load:
     prompt = _length("prompt_length", lengths.prompt, config.max_prompt_length)
     completion = _length("completion_length", lengths.completion, config.max_completion_length)
-    teacher_prompt = prompt
+    teacher_prompt = min(prompt, config.max_teacher_prompt_length or prompt)
     if config.needs_teacher and config.context_verbalizer is not False:
         limit = config.max_teacher_prompt_length
         teacher_prompt = _length("teacher_prompt_length", lengths.teacher_prompt, limit)
@@ -225,106 +195,3 @@ def _check_positions(spec: Spec, prompt: int, load: Load) -> None:
         raise ValueError(
             f"{spec.argument} {spec.source!r} has {limit} positions, sequences have up to {longest}"
         )
-
-
-# ---- what a step does ----------------------------------------------------------------------------
-
-
-def _phases(
-    student: Spec, teacher: Spec | None, config: DuDiConfig, load: Load
-) -> tuple[list[Phase], dict[str, int]]:
-    """What each phase adds to memory, and FLOPs of all micro-batches."""
-    precision = Precision(_autocast(config))
-    loss = _loss(teacher, config)
-    times = config.gradient_accumulation_steps
-    phases, flops = [], {}
-    full = {GRADIENTS: _bytes(_trained(student))}
-    earlier = full if times > 1 else {}  # micro-batches find the gradients of those before
-
-    def add(name: str, parts: dict[str, int], count: int) -> None:
-        phases.append(Phase(name, parts))
-        flops[name] = count * times
-
-    if config.needs_samples:
-        sampling = Sampling(config.rollout_temperature, config.top_p, config.top_k)
-        peak = sample(student, load, precision, sampling)
-        add("sampling", peak.parts, peak.flops)
-    if teacher is not None:
-        refinement = Refinement(
-            config.needs_plain_teacher,
-            config.confidence_gating > 0 and config.off_policy_weight > 0,
-            config.teacher_skip_tokens > 0 or load.taught < load.sides,
-        )
-        peak = teach(teacher, load, precision, refinement, loss)
-        add("teacher forward", earlier | peak.parts, peak.flops)
-    if _needs_copy(config):
-        peak = refer(student, load, precision, loss)
-        add("reference forward", earlier | peak.parts, peak.flops)
-    step = forward_backward(student, load, precision, loss, times > 1)
-    add("student forward", step.forward.parts, step.forward.flops)
-    flops["fused loss"] = step.loss_flops * times
-    add("student backward", step.backward.parts, step.backward.flops)
-    peak = _optimizer(student, config)
-    added = {part: size for part, size in peak.parts.items() if part != STATES}
-    phases.append(Phase("optimizer step", added))
-    return phases, flops
-
-
-def _optimizer(student: Spec, config: DuDiConfig) -> Peak:
-    name = getattr(config.optim, "value", config.optim)
-    return optimize(student, name, config.optim_args)
-
-
-def _autocast(config: DuDiConfig) -> torch.dtype | None:
-    if config.fp16:
-        return torch.float16
-    return torch.bfloat16 if config.bf16 else None
-
-
-def _loss(teacher: Spec | None, config: DuDiConfig) -> Loss:
-    off, on, _ = config.kd_divergences
-    active = [
-        name
-        for name, weight in ((off, config.off_policy_weight), (on, config.on_policy_weight))
-        if weight > 0
-    ]
-    divergence = max(active, key=lambda name: name == "adaptive_kl", default="forward_kl")
-    shape = None
-    if teacher is not None:
-        weight = lm_head(build(teacher)).weight
-        shape = (*weight.shape, weight.dtype)
-    return Loss(_device(config), config.memory_budget, divergence, shape)
-
-
-def _needs_copy(config: DuDiConfig) -> bool:
-    return config.preference_weight > 0 and config.reference in ("initial", "lagged")
-
-
-def _standing(student: Spec, teacher: Spec | None, config: DuDiConfig, gpus: int) -> dict[str, int]:
-    """What is in memory in every phase, from the second step on."""
-    trained = _bytes(_trained(student))
-    parts = {
-        STUDENT: _bytes(_tensors(student)),
-        STATES: _optimizer(student, config).parts.get(STATES, 0),
-        TEACHER: 0 if teacher is None else _bytes(_tensors(teacher)),
-        REFERENCE: trained * _needs_copy(config),
-        BUCKETS: trained * (gpus > 1),
-    }
-    return {part: size for part, size in parts.items() if size}
-
-
-def _tensors(spec: Spec) -> list[torch.Tensor]:
-    model = build(spec)
-    return [*model.parameters(), *model.buffers()]
-
-
-def _trained(spec: Spec) -> list[nn.Parameter]:
-    return [p for p in build(spec).parameters() if p.requires_grad]
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _count(tensors: Any) -> int:
-    return sum(tensor.numel() for tensor in tensors)
