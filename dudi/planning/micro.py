@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from dudi_kernels.cost import MemoryPlan
 
 WORKSPACE, HEAD_GRADIENT = "loss workspace", "gradients of the head"
 TEACHING = "teacher activations"
+MANY_ROWS = 2**24
 
 
 class Load(NamedTuple):
@@ -55,6 +57,7 @@ class Loss(NamedTuple):
     memory_budget: int
     divergence: str
     teacher: tuple[int, int, torch.dtype] | None  # vocabulary, width, dtype
+    together: bool  # whether chunks hold whole pairs
 
 
 # ---- hidden states -------------------------------------------------------------------------------
@@ -110,21 +113,32 @@ def loss_plan(model: Any, load: Load, loss: Loss, precision: Precision) -> Memor
     """Of the three signals. A map between vocabularies may use all of its budget."""
     weight = lm_head(model).weight
     vocabulary, width, dtype = loss.teacher or (len(weight), None, weight.dtype)
-    plan = plan_memory(
-        load.rows,
-        len(weight),
-        weight.shape[1],
-        width,
+    plan_rows = partial(
+        plan_memory,
+        vocab_size=len(weight),
+        width=weight.shape[1],
+        teacher_width=width,
         divergence=loss.divergence,
         dtype=precision.autocast or min(weight.dtype, dtype, key=lambda kind: kind.itemsize),
         train_weight=weight.requires_grad,
         device=loss.device,
         memory_budget=loss.memory_budget,
     )
+    plan = plan_rows(load.rows)
+    if loss.together and plan.strategy == "retain":
+        most = plan_rows(MANY_ROWS).chunk_rows  # that a chunk may have
+        chunk = _whole_pairs(most, load)
+        plan = plan._replace(workspace=plan_rows(chunk).workspace)
     if width is None or vocabulary == len(weight):
         return plan
     more = 2 * load.rows * width * (vocabulary - len(weight))
     return plan._replace(flops=plan.flops + more, workspace=loss.memory_budget)
+
+
+def _whole_pairs(most: int, load: Load) -> int:
+    """Rows of the chunk that holds as many pairs as it can; a part of one that is longer."""
+    pair = load.sides * load.completion_length
+    return min(load.rows, most // pair * pair or most)
 
 
 class FusedLoss(torch.autograd.Function):

@@ -104,7 +104,8 @@ def _loss(teacher: Spec | None, config: DuDiConfig) -> Loss:
     if teacher is not None:
         weight = lm_head(build(teacher)).weight
         shape = (*weight.shape, weight.dtype)
-    return Loss(device_of(config), config.memory_budget, divergence, shape)
+    together = config.preference_weight > 0
+    return Loss(device_of(config), config.memory_budget, divergence, shape, together)
 
 
 def _needs_copy(config: DuDiConfig) -> bool:
