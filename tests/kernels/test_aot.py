@@ -62,9 +62,9 @@ def test_nothing_spills_and_everything_fits(reports):
 
 
 def test_nor_where_a_launch_has_everything(tmp_path):
-    """Bias, temperatures, softcap, a LoRA, the entropy's gradient; odd widths; tiles left out; a
-    teacher or weights in fp32."""
-    variants = ("everything", "unaligned", "skipping", "mixed", "autocast")
+    """Bias, temperatures, softcap, a LoRA, the entropy's gradient; odd widths; odd addresses; tiles
+    left out; a teacher or weights in fp32."""
+    variants = ("everything", "unaligned", "offset", "skipping", "mixed", "autocast")
     options = ("--divergence", "jsd", "--target", "sm_90", "sm_120", "--variant", *variants)
     found = compiled(tmp_path / "aot.json", *options)
     assert {report["variant"] for report in found} == set(variants)

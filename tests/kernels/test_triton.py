@@ -12,7 +12,7 @@ from cases import error, make_side, make_targets
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dudi_kernels import linear_distill
+from dudi_kernels import LMHead, linear_distill
 from dudi_kernels.backends.triton import kernels, launch
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import DIVERGENCES
@@ -81,6 +81,31 @@ def test_blocks_fit_the_wider_side(monkeypatch):
         own = Launcher(setting, state, Sides(student, teacher), 4, 64)
         assert own.tile() == launch.fused_blocks(target, torch.float32, 3)[:2]
         assert own._common(True, own._blocks(None))["PRECISION"] == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("of", "aligned"),
+    [
+        (lambda wide: wide[:-1].view(64, 48), True),
+        (lambda wide: wide[1:].view(64, 48), False),  # an address in a flat buffer
+        (lambda wide: wide[: 64 * 47].view(64, 47)[:, :32], False),
+        (lambda wide: wide[:-1].view(48, 64).t(), True),  # copied
+    ],
+    ids=["plain", "address", "stride", "transposed"],
+)
+def test_blocks_of_heads_that_are_not_aligned(of, aligned, monkeypatch):
+    """Loaded element by element they take the blocks of odd widths; larger ones spill."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    target = launch.Target("cuda", 90, 132)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    weight = of(torch.randn(64 * 48 + 1, dtype=torch.bfloat16))
+    hidden = torch.randn(4, weight.shape[1], dtype=torch.bfloat16)
+    state, setting = RowState.fresh(torch.ones(4)), Setting(64, None, 1.0, 1.0, None, 1.0, False, 1)
+    source = Source.of(SweepSide(hidden, LMHead(weight), None))
+    own = Launcher(setting, state, Sides(source, source), 4, 64)
+    blocks = own._blocks(kernels.statistics)
+    wanted = launch.fused_blocks(target, torch.bfloat16, 0 if aligned else 4, aligned)
+    assert blocks == wanted and own._common(True, blocks)["DESCRIPTORS"] is aligned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -178,7 +178,7 @@ class Stream:
         """As `forward`; and what each tile's gradient is bounded by. Rows go through in parts:
         the masses of their tiles take no more than the gradient's buffer will."""
         columns, (_, rows) = self._whole
-        height, width = self._launcher(state, columns, (0, 0)).tile()
+        height, width = self._launcher(state, *self._whole).tile()
         tiles = -(-columns[1] // width)
         step = rows * min(self.job.block, columns[1]) // (MASS_FIELDS * tiles * height)
         parts: list[Blocks] = []

@@ -62,6 +62,13 @@ class Source(NamedTuple):
     def of(cls, side: Side) -> Source:
         return cls(side.head.softcap, side.head.scale, side=side)
 
+    @property
+    def operands(self) -> list[Tensor]:
+        """The matrices that kernels load."""
+        if self.side is None:
+            return [] if self.logits is None else [self.logits]
+        return [self.side.hidden, self.side.head.weight]
+
 
 class Sides(NamedTuple):
     student: Source
@@ -84,6 +91,11 @@ class Sides(NamedTuple):
         """The wider of both sides' hidden states: blocks have to fit either product."""
         sides = [source.side for source in self if source is not None and source.side is not None]
         return functools.reduce(torch.promote_types, (side.hidden.dtype for side in sides))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all that kernels load can be loaded 16 bytes at once."""
+        return all(_aligned(t) for source in self if source is not None for t in source.operands)
 
 
 # ---- choices -------------------------------------------------------------------------------------
@@ -259,9 +271,13 @@ def _describe(arguments: dict[str, Any], blocks: Blocks) -> None:
     arguments["DESCRIPTORS"] = True
 
 
-def _aligned(rows: Tensor) -> bool:
-    """Whether rows begin where 16 bytes can be loaded at once."""
-    return rows.shape[1] * rows.element_size() % 16 == 0
+def _aligned(matrix: Tensor) -> bool:
+    """Whether rows begin where 16 bytes can be loaded at once, and any part's rows as well; a
+    matrix whose rows are not in one piece is copied."""
+    starts = [matrix.shape[1] * matrix.element_size()]
+    if matrix.stride(1) == 1:
+        starts += [matrix.stride(0) * matrix.element_size(), matrix.data_ptr()]
+    return all(start % 16 == 0 for start in starts)
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -315,10 +331,10 @@ class Launcher:
         self, kernel: Any, measure: Measure | None = None, skipping: bool = False
     ) -> Blocks:
         """Of all kernels the same where tiles are skipped: they say what a tile is."""
-        if self.sides.student.logits is not None:
-            return read_blocks(self.target, _aligned(self.sides.student.logits))
+        setting, aligned = self.setting, self.sides.aligned
+        if not self.sides.fused:
+            return read_blocks(self.target, aligned)
         sides = [source.side for source in self.sides if source is not None and source.side]
-        setting, aligned = self.setting, all(_aligned(side.hidden) for side in sides)
         adaptive = measure is not None and measure.adaptive
         more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
         more = more or any(side.head.softcap is not None for side in sides)
