@@ -240,6 +240,8 @@ def limits(found: Launch, gpu: Gpu) -> list[str]:
             continue
         if value.base.stride(0) * value.base.element_size() % 16:
             wrong.append(f"{name}: the stride of a descriptor must be a multiple of 16 bytes")
+        if value.base.data_ptr() % 16:
+            wrong.append(f"{name}: the address of a descriptor must be a multiple of 16")
         if max(value.block_shape) > MAX_BOX:
             wrong.append(f"{name}: a descriptor's block is at most {MAX_BOX} long")
     if (shared := found.compiled.metadata.shared) > gpu.shared:

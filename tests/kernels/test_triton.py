@@ -12,7 +12,8 @@ from cases import error, make_side, make_targets
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dudi_kernels import LMHead, linear_distill
+import dudi_kernels.backends.triton as triton_backend
+from dudi_kernels import LMHead, linear_distill, prepare
 from dudi_kernels.backends.triton import kernels, launch
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import DIVERGENCES
@@ -160,6 +161,25 @@ def test_asking_for_triton_where_it_cannot_run():
         "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first import)"
     )
     assert wanted in run.stderr and "got cpu" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        (launch.Target("cuda", 75, 40), "torch"),
+        (launch.Target("cuda", 80, 108), "triton"),
+        (launch.Target("hip", 0, 304), "triton"),
+        (launch.Target("xpu", 0, 64), "triton"),
+    ],
+    ids=["turing", "ampere", "rocm", "xpu"],
+)
+def test_auto_is_triton_where_it_has_tensor_cores(target, wanted, monkeypatch):
+    monkeypatch.setattr(triton_backend, "planned", lambda device: target)
+    device = torch.device("xpu" if target.kind == "xpu" else "cuda", 0)
+    assert prepare.pick_backend("auto", device).__name__ == f"dudi_kernels.backends.{wanted}"
+    if wanted == "torch":
+        with pytest.raises(ValueError, match=r"from compute capability 8\.0 on, got cuda:0"):
+            prepare.pick_backend("triton", device)
 
 
 def test_precision_follows_torch():

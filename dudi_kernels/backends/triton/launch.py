@@ -23,6 +23,7 @@ from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
 
+OLDEST = 80  # compute capability of NVIDIA's GPUs: Triton has no tensor cores before
 COMBINE_ROWS = 64
 WAVES = 4  # programs for each multiprocessor, where rows alone are too few
 INTERPRETED_UNITS = 1  # the interpreter's "multiprocessors": some splits at small shapes
