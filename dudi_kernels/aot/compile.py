@@ -52,6 +52,7 @@ class Variant(NamedTuple):
     wide_weights: bool = False  # in fp32, under autocast
 
 
+MOST = Variant(bias=True, tempered=True, softcap=True, entropy=True)
 VARIANTS = {
     "plain": Variant(),
     "masked": Variant(bias=True),
@@ -66,7 +67,9 @@ VARIANTS = {
     "skipping": Variant(skipping=True),
     "mixed": Variant(wide_teacher=True),
     "autocast": Variant(wide_weights=True),
-    "everything": Variant(bias=True, tempered=True, softcap=True, lora=True, entropy=True),
+    "most": MOST,
+    "skipping-most": MOST._replace(skipping=True),
+    "everything": MOST._replace(lora=True),
 }
 
 

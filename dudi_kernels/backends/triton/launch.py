@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dudi_kernels.backends.triton import kernels, tune
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.devices import GPUS, guard
-from dudi_kernels.divergences import Measure
+from dudi_kernels.divergences import Helpers, Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
@@ -332,24 +332,32 @@ class Launcher:
         self, kernel: Any, measure: Measure | None = None, skipping: bool = False
     ) -> Blocks:
         """Of all kernels the same where tiles are skipped: they say what a tile is."""
-        setting, aligned = self.setting, self.sides.aligned
+        aligned = self.sides.aligned
         if not self.sides.fused:
             return read_blocks(self.target, aligned)
-        sides = [source.side for source in self.sides if source is not None and source.side]
-        adaptive = measure is not None and measure.adaptive
-        more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
-        more = more or any(side.head.softcap is not None for side in sides)
-        if not aligned or any(side.head.lora is not None for side in sides):
-            load = 4  # a pointer for each element, or a product more
-        elif skipping or (setting.masked and kernel is kernels.sums):
-            load = 3
-        elif setting.masked or kernel is kernels.sums or adaptive:
-            load = 2
-        elif kernel is kernels.statistics:
-            load = 2 if more else 0
-        else:
-            load = int(more or (measure is not None and measure.chain is None))
+        load = 4 if not aligned else self._load(kernel, measure, skipping)
         return fused_blocks(self.target, self.sides.dtype, load, aligned)
+
+    def _load(self, kernel: Any, measure: Measure | None, skipping: bool) -> int:
+        """How much a kernel holds beside both sides' tiles, 0 to 4 (`fused_blocks`)."""
+        setting = self.setting
+        heads = [source.side.head for source in self.sides if source is not None and source.side]
+        tempered = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
+        capped = any(head.softcap is not None for head in heads)
+        powers = measure is not None and measure.helpers is Helpers.POWERS
+        if any(head.lora is not None for head in heads):
+            return 4  # a product more
+        if kernel is kernels.sums and setting.masked:
+            return 4 if powers or (tempered and capped) else 3
+        if skipping:
+            return 3
+        if kernel is kernels.gradient and setting.masked and tempered and capped:
+            return 4
+        if setting.masked or kernel is kernels.sums or (measure is not None and measure.adaptive):
+            return 2
+        if kernel is kernels.statistics:
+            return 2 if tempered or capped else 0
+        return int(tempered or capped or (measure is not None and measure.chain is None))
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
@@ -497,7 +505,7 @@ class Launcher:
             kernels.sums,
             kernels.SUMS_FIELDS,
             measure is not None,
-            self._blocks(kernels.sums),
+            self._blocks(kernels.sums, measure),
             **self._log_sums(),
             **self._measure(measure),
         )
