@@ -122,13 +122,15 @@ def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: boo
         return Blocks(64, 64, 64, 4, 2)
     match target.capability // 10:
         case 8:
-            return Blocks(128, (64, 64, 32, 32, 32)[load], 32, 8, 4)
+            width, stages = (64, 3) if load == 3 else (32, 4)  # fewer turns take fewer registers
+            return Blocks(128, (64, 64, 32, 32, 32)[load], width, 8, stages)
         case 9:
             return Blocks(128, (128, 64, 64, 64, 32)[load], 64 if aligned else 32, 8, 4)
         case 10:
             return Blocks(128, (128, 64, 64, 32, 32)[load], 64 if aligned else 16, 8, 4)
         case _:
-            return Blocks(128, (64, 64, 64, 32, 32)[load], 64 if aligned else 32, 8, 2)
+            columns, stages = (64, 64, 64, 32, 32)[load], 3 if load == 3 else 2
+            return Blocks(128, columns, 64 if aligned else 32, 8, stages)
 
 
 def _wide_blocks(target: Target, load: int) -> Blocks:
