@@ -84,6 +84,25 @@ def test_blocks_fit_the_wider_side(monkeypatch):
         assert own._common(True, own._blocks(None))["PRECISION"] == "ieee"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_are_the_same_where_some_are_left_out(masked, capability, dtype, monkeypatch):
+    """`statistics` and `gradient` may differ in anything but rows and columns."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    target = launch.Target("cuda" if capability else "hip", capability, 132)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    side, state = make_side(4, 64, 32, dtype), RowState.fresh(torch.ones(4))
+    for inv_tau, softcap in ((1.0, None), (0.5, None), (1.0, 30.0), (0.5, 30.0)):
+        head = LMHead(side.head.weight.detach(), softcap=softcap)
+        source = Source.of(SweepSide(side.hidden, head, None))
+        setting = Setting(64, None, inv_tau, 1.0, softcap, 1.0, masked, 1)
+        own = Launcher(setting, state, Sides(source, source), 4, 64)
+        for divergence in DIVERGENCES.values():
+            blocks = own._blocks(kernels.gradient, divergence.measure(0.5, 0.5), skipping=True)
+            assert blocks[:2] == own.tile()
+
+
 @pytest.mark.parametrize(
     ("of", "aligned"),
     [

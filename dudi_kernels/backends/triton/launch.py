@@ -111,31 +111,31 @@ def read_blocks(target: Target, aligned: bool) -> Blocks:
 
 def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: bool = True) -> Blocks:
     """For kernels that project: as large as registers hold without spills (aot tells). `load`, 0
-    to 4, is how much there is beside both sides' tiles."""
+    to 5, is how much there is beside both sides' tiles; 4 and 5 have the same rows and columns."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
         return _wide_blocks(target, load)
     if target.kind == "hip":
-        return Blocks(128, (64, 64, 64, 32, 32)[load], 64, 4, 2)
+        return Blocks(128, (64, 64, 64, 32, 32, 32)[load], 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
     match target.capability // 10:
         case 8:
-            width, stages = (64, 3) if load == 3 else (32, 4)  # fewer turns take fewer registers
-            return Blocks(128, (64, 64, 32, 32, 32)[load], width, 8, stages)
+            width, stages = (64, 3) if load == 5 else (32, 4)
+            return Blocks(128, (64, 64, 32, 32, 32, 32)[load], width, 8, stages)
         case 9:
-            return Blocks(128, (128, 64, 64, 64, 32)[load], 64 if aligned else 32, 8, 4)
+            return Blocks(128, (128, 64, 64, 64, 32, 32)[load], 64 if aligned else 32, 8, 4)
         case 10:
-            return Blocks(128, (128, 64, 64, 32, 32)[load], 64 if aligned else 16, 8, 4)
+            return Blocks(128, (128, 64, 64, 32, 32, 32)[load], 64 if aligned else 16, 8, 4)
         case _:
-            columns, stages = (64, 64, 64, 32, 32)[load], 3 if load == 3 else 2
-            return Blocks(128, columns, 64 if aligned else 32, 8, stages)
+            columns, warps = (64, 64, 64, 32, 32, 32)[load], 4 if load == 5 else 8
+            return Blocks(128, columns, 64 if aligned else 32, warps, 2)
 
 
 def _wide_blocks(target: Target, load: int) -> Blocks:
     """Of fp32, of which a register holds half as much."""
-    columns = (64, 64, 64, 64, 32)[load]
+    columns = (64, 64, 64, 64, 32, 32)[load]
     if target.kind == "hip":
         return Blocks(64, columns, 16, 8 if load < 4 else 4, 2)
     return Blocks(64, columns, 16, 8, 3 if target.capability >= 100 else 2)
@@ -333,7 +333,7 @@ class Launcher:
     def _blocks(
         self, kernel: Any, measure: Measure | None = None, skipping: bool = False
     ) -> Blocks:
-        """Of all kernels the same where tiles are skipped: they say what a tile is."""
+        """With the same rows and columns for all kernels where tiles are skipped."""
         aligned = self.sides.aligned
         if not self.sides.fused:
             return read_blocks(self.target, aligned)
@@ -341,25 +341,26 @@ class Launcher:
         return fused_blocks(self.target, self.sides.dtype, load, aligned)
 
     def _load(self, kernel: Any, measure: Measure | None, skipping: bool) -> int:
-        """How much a kernel holds beside both sides' tiles, 0 to 4 (`fused_blocks`)."""
+        """How much a kernel holds beside both sides' tiles, 0 to 5 (`fused_blocks`)."""
         setting = self.setting
         heads = [source.side.head for source in self.sides if source is not None and source.side]
         tempered = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
         capped = any(head.softcap is not None for head in heads)
+        more, most = tempered or capped, setting.masked and tempered and capped
         powers = measure is not None and measure.helpers is Helpers.POWERS
         if any(head.lora is not None for head in heads):
             return 4  # a product more
-        if kernel is kernels.sums and setting.masked:
-            return 4 if powers or (tempered and capped) else 3
+        if kernel is kernels.sums:
+            return (4 if powers or most else 3) if setting.masked else 2
+        if most and kernel is kernels.gradient:
+            return 5
         if skipping:
-            return 3
-        if kernel is kernels.gradient and setting.masked and tempered and capped:
-            return 4
-        if setting.masked or kernel is kernels.sums or (measure is not None and measure.adaptive):
-            return 2
+            return 4 if most else 3
         if kernel is kernels.statistics:
-            return 2 if tempered or capped else 0
-        return int(tempered or capped or (measure is not None and measure.chain is None))
+            return 2 if setting.masked or more else 0
+        if setting.masked or (more and powers) or (measure is not None and measure.adaptive):
+            return 2
+        return int(more or (measure is not None and measure.chain is None))
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
