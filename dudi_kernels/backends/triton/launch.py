@@ -347,18 +347,19 @@ class Launcher:
         tempered = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
         capped = any(head.softcap is not None for head in heads)
         more, most = tempered or capped, setting.masked and tempered and capped
-        powers = measure is not None and measure.helpers is Helpers.POWERS
+        helpers = Helpers.NONE if measure is None else measure.helpers
+        adaptive = measure is not None and measure.adaptive
         if any(head.lora is not None for head in heads):
             return 4  # a product more
         if kernel is kernels.sums:
-            return (4 if powers or most else 3) if setting.masked else 2
+            return (4 if most or helpers is Helpers.POWERS else 3) if setting.masked else 2
         if most and kernel is kernels.gradient:
             return 5
         if skipping:
             return 4 if most else 3
         if kernel is kernels.statistics:
-            return 2 if setting.masked or more else 0
-        if setting.masked or (more and powers) or (measure is not None and measure.adaptive):
+            return 3 if most else 2 if setting.masked or more else 0
+        if setting.masked or adaptive or (more and helpers is not Helpers.NONE):
             return 2
         return int(more or (measure is not None and measure.chain is None))
 
