@@ -129,7 +129,7 @@ def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: boo
         case 10:
             return Blocks(128, (128, 64, 64, 32, 32, 32)[load], 64 if aligned else 16, 8, 4)
         case _:
-            columns, warps = (64, 64, 32, 32, 32, 32)[load], 4 if load == 5 else 8
+            columns, warps = (64, 64, 64, 32, 32, 32)[load], 4 if load == 5 else 8
             return Blocks(128, columns, 64 if aligned else 32, warps, 2)
 
 
