@@ -33,22 +33,23 @@ def _has_triton() -> bool:
 
 
 def pick_backend(name: str, device: torch.device) -> ModuleType:
-    """`auto` is Triton on a GPU where it is installed, and torch elsewhere."""
+    """`auto` is Triton on a GPU that it serves, where it is installed, and torch elsewhere."""
     checks.one_of("backend", name, BACKENDS)
-    if name == "torch" or (name == "auto" and not (device.type in GPUS and _has_triton())):
-        import dudi_kernels.backends.torch as torch_backend
-
-        return torch_backend
-    if not _has_triton():
+    if name == "triton" and not _has_triton():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
-    import dudi_kernels.backends.triton as triton_backend
+    if name == "triton" or (name == "auto" and device.type in GPUS and _has_triton()):
+        import dudi_kernels.backends.triton as triton_backend
 
-    if not triton_backend.serves(device):
-        raise ValueError(
-            "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first "
-            f"import), got {device}"
-        )
-    return triton_backend
+        if triton_backend.serves(device):
+            return triton_backend
+        if name == "triton":
+            raise ValueError(
+                "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first "
+                f"import), NVIDIA's from compute capability 8.0 on, got {device}"
+            )
+    import dudi_kernels.backends.torch as torch_backend
+
+    return torch_backend
 
 
 def wanted_gradients(rows: Rows) -> Needs:

@@ -24,6 +24,7 @@ from dudi_kernels.backends.triton.kernels import (
     TEMPERED_MASS,
 )
 from dudi_kernels.backends.triton.launch import (
+    OLDEST,
     Launcher,
     Sides,
     Source,
@@ -58,8 +59,12 @@ __all__ = [
 
 
 def serves(device: torch.device) -> bool:
-    """Whether kernels can run on a device; a CPU only interprets them."""
-    return device.type in GPUS or (INTERPRETED and device.type == "cpu")
+    """Whether kernels can run on a device; a CPU only interprets them, and NVIDIA's tensor cores
+    before Ampere's are none to Triton: projections would spill kilobytes."""
+    if device.type not in GPUS:
+        return INTERPRETED and device.type == "cpu"
+    target = planned(device)
+    return target.kind != "cuda" or target.capability >= OLDEST
 
 
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
@@ -178,7 +183,7 @@ class Stream:
         """As `forward`; and what each tile's gradient is bounded by. Rows go through in parts:
         the masses of their tiles take no more than the gradient's buffer will."""
         columns, (_, rows) = self._whole
-        height, width = self._launcher(state, columns, (0, 0)).tile()
+        height, width = self._launcher(state, *self._whole).tile()
         tiles = -(-columns[1] // width)
         step = rows * min(self.job.block, columns[1]) // (MASS_FIELDS * tiles * height)
         parts: list[Blocks] = []
