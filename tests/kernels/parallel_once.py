@@ -1,0 +1,266 @@
+"""For test_vocabulary_parallel.py: one rank, which computes every case and writes down what it got.
+
+`python parallel_once.py FOLDER` with RANK and WORLD_SIZE set. The same functions compute a case in
+one process, with whole heads.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import Side, make_side, make_targets
+from torch import Tensor
+
+import dudi_kernels
+from dudi_kernels import LMHead, LoRA
+
+ROWS, VOCAB, WIDTHS = 40, 101, (16, 24)
+BUDGET = 8_000  # bytes: several chunks of rows, several blocks of columns
+SEGMENTS = torch.tensor([0] * 11 + [1] * 7 + [2] * 4 + [3] * 18)  # pairs that fit a chunk and don't
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a public function, and what its heads are like."""
+
+    name: str
+    function: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: int = ROWS
+    dtype: torch.dtype = torch.float32
+    teacher: bool = True
+    targets: bool = True
+    ignored: int = 0  # rows
+    bias: bool = False
+    masked: tuple[str, ...] = ()  # sides of which the rows of the second rank are -inf
+    softcap: float | None = None
+    scale: float = 1.0
+    lora: bool = False
+    frozen: tuple[str, ...] = ()  # inputs that want no gradient
+    uneven: bool = False
+    distributed: bool = False  # DTensors
+    budget: int = BUDGET
+
+
+def slices(case: Case, world: int) -> list[slice]:
+    """Rows of each rank; by default as a DTensor has them."""
+    if case.uneven:
+        sizes = {2: [90, 11], 4: [50, 1, 30, 20]}[world]
+    else:
+        sizes = [len(part) for part in torch.arange(VOCAB).chunk(world)]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def cases() -> list[Case]:
+    loss, rows, dudi = "linear_distill_loss", "linear_distill", "linear_dudi_loss"
+    names = list(dudi_kernels.DIVERGENCES)
+    tempered = {"temperature": 0.7, "teacher_temperature": 1.5}
+    shaped: dict[str, Any] = {"bias": True, "softcap": 3.0, "scale": 1.5}
+    both = ("student", "teacher")
+    found = [Case(f"loss-{d}", loss, {"divergence": d, "ce_weight": 0.5}) for d in names]
+    found += [Case(f"rows-{d}", rows, {"divergence": d, **tempered}) for d in names]
+    for d in ("forward_kl", "jsd", "adaptive_kl"):
+        own = {"divergence": d}
+        found += [
+            Case(f"loss-shaped-{d}", loss, {**own, **tempered, "ce_weight": 0.5}, **shaped),
+            Case(f"rows-shaped-{d}", rows, own, **shaped),
+            Case(f"loss-slice-masked-{d}", loss, {**own, "ce_weight": 0.5}, masked=both),
+            Case(f"rows-slice-masked-{d}", rows, {**own, **tempered}, masked=both, softcap=3.0),
+            Case(f"loss-uneven-{d}", loss, own, uneven=True, targets=False),
+            Case(f"rows-uneven-{d}", rows, own, uneven=True, targets=False),
+            Case(f"loss-bf16-{d}", loss, {**own, "ce_weight": 0.5}, dtype=torch.bfloat16),
+            Case(f"rows-bf16-{d}", rows, own, dtype=torch.bfloat16),
+            Case(f"loss-dtensor-{d}", loss, own, distributed=True, bias=True),
+        ]
+    for who, d in (("student", "forward_kl"), ("student", "jsd"), ("teacher", "reverse_kl")):
+        found += [
+            Case(f"loss-{who}-masked-{d}", loss, {"divergence": d}, masked=(who,)),
+            Case(f"rows-{who}-masked-{d}", rows, {"divergence": d}, masked=(who,)),
+        ]
+    found += [
+        Case("loss-empty", loss, rows=0),
+        Case("rows-empty", rows, {"divergence": "jsd"}, rows=0),
+        Case("loss-ignored", loss, {"ce_weight": 0.5}, ignored=7),
+        Case("rows-ignored", rows, {"divergence": "jeffreys"}, ignored=7),
+        Case("loss-lora", loss, {"ce_weight": 0.5}, lora=True),
+        Case("rows-lora", rows, lora=True),
+        Case("loss-frozen-hidden", loss, frozen=("hidden",)),
+        Case("rows-frozen-head", rows, frozen=("weight",)),
+        Case("loss-frozen", loss, frozen=("hidden", "weight")),
+        Case("rows-dtensor", rows, distributed=True, bias=True),
+        Case("dudi", dudi, {"ce_weight": 0.3, "preference_weight": 0.4}),
+        Case("dudi-slice-masked", dudi, {"preference_weight": 0.4}, masked=both),
+        Case("dudi-uneven", dudi, {"preference_weight": 0.4, "temperature": 2.0}, uneven=True),
+        Case(
+            "dudi-teacher",
+            dudi,
+            {"preference_weight": 0.4, "reference_log_prob": "teacher", "on_policy_weight": 0.0},
+            bias=True,
+        ),
+        Case(
+            "dudi-long-jsd",
+            dudi,
+            {"preference_weight": 0.4, "off_policy_divergence": "jsd"},
+            budget=BUDGET // 2,
+        ),
+        Case("dudi-adaptive", dudi, {"off_policy_divergence": "adaptive_kl", "ce_weight": 0.3}),
+    ]
+    alone = {"teacher": False}
+    for reduction in ("mean", "sum", "none"):
+        own = {"reduction": reduction}
+        found.append(Case(f"ce-{reduction}", "linear_cross_entropy", own, ignored=3, **alone))
+    found += [
+        Case("ce-bf16", "linear_cross_entropy", dtype=torch.bfloat16, **shaped, **alone),
+        Case("log-prob", "linear_log_prob", {"temperature": 0.6}, ignored=3, **alone),
+        Case("log-prob-masked", "linear_log_prob", masked=("student",), **alone),
+        Case("sequence", "sequence_log_prob", uneven=True, **alone),
+    ]
+    triton = {"backend": "triton"}
+    few: dict[str, Any] = {"rows": 6, "budget": 100_000}
+    found += [
+        Case("triton-loss", loss, {**triton, "ce_weight": 0.5}, **few),
+        Case("triton-loss-jsd", loss, {**triton, "divergence": "jsd"}, uneven=True, **few),
+        Case("triton-rows", rows, {**triton, **tempered}, masked=both, **few),
+        Case("triton-rows-jsd", rows, {**triton, "divergence": "jsd"}, bias=True, **few),
+        Case("triton-ce", "linear_cross_entropy", triton, **few, **alone),
+        Case("triton-log-prob", "linear_log_prob", triton, uneven=True, **few, **alone),
+    ]
+    return found
+
+
+class Problem:
+    """The tensors of a case: the same on all ranks."""
+
+    def __init__(self, case: Case, world: int):
+        self.case, self.world = case, world
+        bias = case.bias or bool(case.masked)
+        shape = {"bias": bias, "softcap": case.softcap, "scale": case.scale}
+        student, teacher = (
+            make_side(case.rows, VOCAB, width, case.dtype, seed=seed, **shape)
+            for seed, width in enumerate(WIDTHS)
+        )
+        self.sides = {"student": student, "teacher": teacher}
+        second = slices(case, world)[1]
+        with torch.no_grad():
+            for who in case.masked:
+                self.sides[who].bias[second] = -torch.inf
+        self.targets = make_targets(case.rows, VOCAB)
+        if case.masked:
+            self.targets = torch.where(self.targets < second.start, self.targets, 0)
+        self.targets[: case.ignored] = -100  # of linear_dudi_loss there are none
+        random = torch.Generator().manual_seed(5)
+        self.lora = None
+        if case.lora:
+            a, b = (torch.randn(*s, generator=random) for s in ((3, WIDTHS[0]), (VOCAB, 3)))
+            self.lora = LoRA(a.requires_grad_(), b.requires_grad_(), 0.3)
+        self.row_gradient = torch.randn(4, case.rows, generator=random)
+
+
+def head_of(side: Side, lora: LoRA | None, own: slice | None, mesh: Any) -> tuple[LMHead, list]:
+    """A head, whole or of one rank, and its leaves: weight, bias, B."""
+    if own is None:
+        leaves = [side.weight, side.bias, None if lora is None else lora.b]
+        return LMHead(side.weight, side.bias, side.softcap, side.scale, lora), leaves
+
+    def leaf(value: Tensor | None) -> Any:
+        if value is None:
+            return None
+        if mesh is not None:
+            from torch.distributed.tensor import Shard, distribute_tensor
+
+            return distribute_tensor(value.detach(), mesh, [Shard(0)]).requires_grad_()
+        return value.detach()[own].clone().requires_grad_()
+
+    weight, bias = leaf(side.weight), leaf(side.bias)
+    part = None if lora is None else LoRA(lora.a, leaf(lora.b), lora.scaling)
+    group = None if mesh is not None else dist.group.WORLD
+    head = LMHead.sharded(weight, bias, side.softcap, side.scale, part, group=group)
+    return head, [weight, bias, None if part is None else part.b]
+
+
+def compute(case: Case, world: int, rank: int | None = None, mesh: Any = None) -> Results:
+    """Values and gradients, of one process or of a rank."""
+    problem = Problem(case, world)
+    own = None if rank is None else slices(case, world)[rank]
+    mesh = mesh if case.distributed else None
+    student, teacher = problem.sides["student"], problem.sides["teacher"]
+    head, leaves = head_of(student, problem.lora, own, mesh)
+    hidden = student.hidden.detach().clone().requires_grad_()
+    inputs = dict(zip(("weight", "bias", "lora_b"), leaves, strict=True), hidden=hidden)
+    if problem.lora is not None:
+        inputs["lora_a"] = problem.lora.a
+    for name in case.frozen:
+        inputs[name].requires_grad_(False)
+    sides: list[Any] = [hidden, head]
+    if case.teacher:
+        sides += [teacher.hidden.detach(), head_of(teacher, None, own, mesh)[0]]
+    settings = dict(case.settings)
+    if rank is not None:
+        settings["memory_budget"] = case.budget if case.dtype == torch.float32 else 3 * case.budget
+    results, loss = call(case, sides, problem, settings)
+    if loss.requires_grad:
+        loss.backward()
+    for name, tensor in inputs.items():
+        if tensor is not None and tensor.grad is not None:
+            grad = tensor.grad
+            results[f"grad {name}"] = grad.to_local() if hasattr(grad, "to_local") else grad
+    return {name: value.detach() for name, value in results.items()}
+
+
+def call(
+    case: Case, sides: list[Any], problem: Problem, settings: dict[str, Any]
+) -> tuple[Results, Tensor]:
+    """All results, and a scalar of those that have a gradient."""
+    function = getattr(dudi_kernels, case.function)
+    targets = (problem.targets,) if case.targets else ()
+    if case.function == "sequence_log_prob":
+        found = function(*sides, *targets, SEGMENTS[: case.rows], num_segments=4, **settings)
+        return {"value": found}, (found * problem.row_gradient[0, :4]).sum()
+    if case.function == "linear_dudi_loss":
+        found = function(*sides, *targets, SEGMENTS, **settings)
+        return found._asdict(), found.loss
+    if case.function.startswith("linear_distill"):
+        own = {"targets": problem.targets} if case.targets else {}
+        found = function(*sides, **own, **settings)
+        if case.function == "linear_distill_loss":
+            return found._asdict(), found.loss
+        rows = zip(found[:3], problem.row_gradient[:3], strict=True)
+        terms = [(torch.where(v.isfinite(), v, 0) * g).sum() for v, g in rows]
+        return found._asdict(), sum(terms, torch.zeros(()))
+    found = function(*sides, *targets, **settings)
+    return {"value": found}, found if found.ndim == 0 else (found * problem.row_gradient[0]).sum()
+
+
+def main(folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    found: dict[str, Any] = {}
+    for case in cases():
+        if case.name.startswith("triton") and os.environ.get("DUDI_NATIVE") == "0":
+            continue
+        results = compute(case, world, rank, mesh)
+        again = compute(case, world, rank, mesh)
+        same = all(torch.equal(results[k], again[k]) or results[k].isnan().any() for k in results)
+        found[case.name] = (results, same and list(results) == list(again))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
