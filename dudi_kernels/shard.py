@@ -10,8 +10,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# its name from torch 2.13 on, and the one before
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+SHARDS: WeakValueDictionary[str, VocabularyShard] = WeakValueDictionary()  # by their key
 WORDS = 16  # of an agreement: all have one size, so that two kinds can meet and be told apart
 SHOWN = 8  # ranks in an error
 
@@ -42,6 +49,12 @@ class VocabularyShard:
     group: ProcessGroup
     bounds: tuple[int, ...]  # where each rank's rows start, and the end
     rank: int  # in the group
+    key: str = field(init=False)  # by which an operator finds it; equal ones have one
+
+    def __post_init__(self) -> None:
+        key = f"rank {self.rank} of {self.group.group_name}, {self.bounds}"
+        object.__setattr__(self, "key", key)
+        SHARDS[key] = self
 
     @property
     def start(self) -> int:
@@ -100,7 +113,7 @@ def gather(group: ProcessGroup, values: Tensor) -> Tensor:
     """(...) of each rank as (ranks, ...)."""
     found = values.new_empty((dist.get_world_size(group), *values.shape))
     if values.numel():
-        dist.all_gather_into_tensor(found, values.contiguous()[None], group=group)
+        _all_gather(found, values.contiguous()[None], group=group)
     return found
 
 
