@@ -24,12 +24,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# its name from torch 2.13 on, and the one before
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor", None
-)
-
 SHARDS: WeakValueDictionary[str, VocabularyShard] = WeakValueDictionary()  # by their key
+# torch 2.13 has another name for it, and warns of the old one
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 WORDS = 16  # of an agreement: all have one size, so that two kinds can meet and be told apart
 SHOWN = 8  # ranks in an error
 
@@ -113,7 +110,7 @@ def gather(group: ProcessGroup, values: Tensor) -> Tensor:
     """(...) of each rank as (ranks, ...)."""
     found = values.new_empty((dist.get_world_size(group), *values.shape))
     if values.numel():
-        _all_gather(found, values.contiguous()[None], group=group)
+        getattr(dist, ALL_GATHER)(found, values.contiguous()[None], group=group)
     return found
 
 

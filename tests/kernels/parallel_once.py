@@ -25,6 +25,7 @@ from dudi_kernels import (
     LoRA,
     TopKTeacher,
     Verbalizer,
+    distributed_adaptive,
     linear_cross_entropy,
     linear_distill_loss,
     linear_log_prob,
@@ -32,6 +33,7 @@ from dudi_kernels import (
 
 ROWS, VOCAB, WIDTHS = 40, 101, (16, 24)
 BUDGET = 8_000  # bytes: several chunks of rows, several blocks of columns
+STREAMED = 300  # not a row of logits: kernels project in both passes
 SEGMENTS = torch.tensor([0] * 11 + [1] * 7 + [2] * 4 + [3] * 18)  # pairs that fit a chunk and don't
 Results = dict[str, Tensor]
 
@@ -55,6 +57,7 @@ class Case:
     lora: bool = False
     frozen: tuple[str, ...] = ()  # inputs that want no gradient
     uneven: bool = False
+    uniform: bool = False  # a teacher whose tokens are all as likely
     distributed: bool = False  # DTensors
     budget: int = BUDGET
 
@@ -96,6 +99,8 @@ def cases() -> list[Case]:
             Case(f"rows-{who}-masked-{d}", rows, {"divergence": d}, masked=(who,)),
         ]
     found += [
+        Case("loss-equals", loss, {"divergence": "adaptive_kl"}, uniform=True),
+        Case("rows-equals", rows, {"divergence": "adaptive_kl"}, uniform=True, uneven=True),
         Case("loss-empty", loss, rows=0),
         Case("rows-empty", rows, {"divergence": "jsd"}, rows=0),
         Case("loss-ignored", loss, {"ce_weight": 0.5}, ignored=7),
@@ -123,7 +128,7 @@ def cases() -> list[Case]:
         ),
         Case("dudi-adaptive", dudi, {"off_policy_divergence": "adaptive_kl", "ce_weight": 0.3}),
     ]
-    alone = {"teacher": False}
+    alone: dict[str, Any] = {"teacher": False}
     for reduction in ("mean", "sum", "none"):
         own = {"reduction": reduction}
         found.append(Case(f"ce-{reduction}", "linear_cross_entropy", own, ignored=3, **alone))
@@ -140,6 +145,8 @@ def cases() -> list[Case]:
         Case("triton-loss-jsd", loss, {**triton, "divergence": "jsd"}, uneven=True, **few),
         Case("triton-rows", rows, {**triton, **tempered}, masked=both, **few),
         Case("triton-rows-jsd", rows, {**triton, "divergence": "jsd"}, bias=True, **few),
+        Case("triton-streamed", loss, {**triton, "ce_weight": 0.5}, rows=6, budget=STREAMED),
+        Case("triton-streamed-dudi", dudi, {**triton, "preference_weight": 0.4}, budget=STREAMED),
         Case("triton-ce", "linear_cross_entropy", triton, **few, **alone),
         Case("triton-log-prob", "linear_log_prob", triton, uneven=True, **few, **alone),
     ]
@@ -160,6 +167,8 @@ class Problem:
         self.sides = {"student": student, "teacher": teacher}
         second = slices(case, world)[1]
         with torch.no_grad():
+            if case.uniform:
+                teacher.weight.zero_()
             for who in case.masked:
                 self.sides[who].bias[second] = -torch.inf
         self.targets = make_targets(case.rows, VOCAB)
@@ -426,6 +435,7 @@ def main(folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
+    distributed_adaptive.FIRST = 4  # so that ranks have to show more
     found: dict[str, Any] = {"again": {}}
     for case in cases():
         if world == 2 or not case.name.startswith("triton"):

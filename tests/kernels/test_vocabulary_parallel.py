@@ -188,7 +188,7 @@ def textbook(
     case: Case, problem: Problem, scores: Tensor, taught: Tensor, targets: Tensor, counted: Tensor
 ) -> tuple[Results, Tensor]:
     settings = dict(case.settings)
-    temperature = settings.get("temperature", 1.0)
+    temperature: float = settings.get("temperature", 1.0)
     if case.function == "linear_dudi_loss":
         return of_dudi(case, scores, taught, targets)
     if not case.teacher:
