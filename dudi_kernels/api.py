@@ -70,6 +70,7 @@ def linear_distill_loss(
     ce_weight: float = 0.0,
     ignore_index: int = -100,
     gradient_tolerance: float = 0.0,
+    teacher_top_p: float = 1.0,
     verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
@@ -107,6 +108,11 @@ def linear_distill_loss(
             (`token_weight / temperature`, and `ce_weight` of it); targets of the cross-entropy are
             kept. `skipped` and `dropped` tell what was. Values stay exact. Not while a CUDA graph
             is captured: the host asks which tiles are left.
+        teacher_top_p: below 1, the teacher is restricted to its likeliest tokens of this mass (at
+            its temperature; those that tie with the last one stay) and renormalised, in the sweep;
+            `teacher_entropy` is that of the rest. Divergences that are infinite where the teacher
+            gives a token no mass (reverse_kl, jeffreys) are refused. Not while a CUDA graph is
+            captured.
         verbalizer: compare classes of tokens, of which both vocabularies have some: for a teacher
             with another tokenizer, a padded head, a lexicon (see `Verbalizer`). The divergence is
             over P = p M and Q_k, the sum of q over the tokens of class k; the rest stays the
@@ -135,8 +141,11 @@ def linear_distill_loss(
         raise ValueError("targets must be given with ce_weight > 0, got None")
     ignored = checks.integer("ignore_index", ignore_index)
     flat = None if targets is None else checks.targets(targets, student, ignored)
-    weight = None if token_weight is None else checks.token_weight(token_weight, student)
+    weight = token_weight
+    if weight is not None:
+        weight = checks.row_weight("token_weight", weight, student)
     checks.gradient_tolerance(gradient_tolerance, student)
+    top_p = checks.top_p(teacher_top_p, student)
 
     counted = Counted(student, flat, ignored)
     settings: dict[str, Any] = {
@@ -155,6 +164,8 @@ def linear_distill_loss(
             )
         if verbalizer is not None:
             raise ValueError(f"verbalizer must be None with a TopKTeacher, got {verbalizer}")
+        if top_p < 1:
+            raise ValueError(f"teacher_top_p must be 1 with a TopKTeacher, got {teacher_top_p}")
         loss, values, skipped = _topk_sweep(
             counted.rows(student), counted.pick(ids), counted.pick(log_probs), **settings
         )
@@ -162,13 +173,14 @@ def linear_distill_loss(
         teacher = checks.side("teacher", teacher_hidden, teacher_head)
         teacher, classes = checks.pair_of_sides(student, teacher, verbalizer)
         checks.exact(gradient_tolerance, classes)
-        checks.finite_measure("divergence", measure, classes)
+        checks.finite_measure("divergence", measure, classes, top_p)
         loss, values, skipped = _weighted_sweep(
             counted.rows(student),
             counted.rows(teacher),
             temperatures=temperatures,
             tolerance=gradient_tolerance,
             classes=classes,
+            top_p=top_p,
             **settings,
         )
     own = values.log_prob if targets is not None else torch.full_like(values.log_prob, torch.nan)
@@ -266,11 +278,13 @@ def _weighted_sweep(
     memory_budget: int,
     tolerance: float = 0.0,
     classes: Classes | None = None,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, RowValues, Skipped]:
     """sum_n weight_n (D_n + ce_weight CE_n) in one sweep."""
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-    plan = make_plan(learner, guide, [measure], backend, memory_budget, tolerance > 0, classes)
+    skips = tolerance > 0
+    plan = make_plan(learner, guide, [measure], backend, memory_budget, skips, classes, top_p)
     task = Task(
         student=learner,
         teacher=guide,
@@ -287,6 +301,7 @@ def _weighted_sweep(
         needs=wanted_gradients(student),
         tolerance=tolerance,
         classes=classes,
+        teacher_top_p=top_p,
     )
     return scalar(student, task, _combined(weight, ce_weight), backend, memory_budget)
 

@@ -236,8 +236,25 @@ def exact(gradient_tolerance: float, classes: Classes | None) -> None:
         )
 
 
-def finite_measure(name: str, measure: Measure, classes: Classes | None) -> None:
+def top_p(value: float, student: Rows) -> float:
+    value = number("teacher_top_p", value, SHARES[0], 1)
+    if value < 1 and devices.capturing(student.hidden.device):
+        raise ValueError(
+            f"teacher_top_p must be 1 while a CUDA graph is captured, got {value}: how many tokens "
+            "are looked at depends on what they are"
+        )
+    return value
+
+
+def finite_measure(
+    name: str, measure: Measure, classes: Classes | None, top_p: float = 1.0
+) -> None:
     """Not one that is infinite in every row."""
+    if top_p < 1 and measure.teacher_masks.phi:
+        raise ValueError(
+            f"{name} is infinite with teacher_top_p={top_p}: the teacher gives all but its "
+            "likeliest tokens no mass at all; forward_kl, jsd and the skew divergences are finite"
+        )
     if classes is not None and classes.masked and measure.teacher_masks.phi:
         raise ValueError(
             f"{name} is infinite with this verbalizer: the teacher gives the student's unmatched "
@@ -312,12 +329,10 @@ def targets(value: Tensor, rows: Rows, ignore_index: int | None) -> Tensor:
     return flat
 
 
-def token_weight(value: Tensor, rows: Rows) -> Tensor:
-    flat = per_row("token_weight", value, rows)
+def row_weight(name: str, value: Tensor, rows: Rows) -> Tensor:
+    flat = per_row(name, value, rows)
     if (i := first(~((flat >= 0) & (flat < math.inf)))) is not None:
-        raise ValueError(
-            f"token_weight must be finite and not negative, got {float(flat[i])} at row {i}"
-        )
+        raise ValueError(f"{name} must be finite and not negative, got {float(flat[i])} at row {i}")
     return flat
 
 

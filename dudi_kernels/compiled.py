@@ -200,8 +200,9 @@ def _shapes(
         case "sequence_log_prob":
             return [(value("num_segments"),)]
         case "linear_dudi_loss":
-            pairs = value("num_pairs")
-            return [*[()] * 5, (pairs,), (2 * pairs,), (2 * pairs,), *[rows] * 4, (), ()]
+            pairs, samples = value("num_pairs"), value("num_generations") or 1
+            sequences = (pairs // samples * (1 + samples),)
+            return [*[()] * 5, (pairs,), sequences, sequences, *[rows] * 4, (), ()]
         case _:
             return [rows]
 

@@ -131,6 +131,7 @@ class Problem(NamedTuple):
     backend: ModuleType
     budget: int
     classes: ClassSizes | None = None  # that the divergences are over
+    restricted: bool = False  # whether the teacher is, to its likeliest tokens (nucleus.py)
 
     @classmethod
     def of(
@@ -140,6 +141,7 @@ class Problem(NamedTuple):
         backend: ModuleType,
         budget: int,
         classes: Classes | None = None,
+        restricted: bool = False,
     ) -> Problem:
         hidden, both = sides[0].hidden, _layout(sides, measures, backend)
         sizes = None
@@ -157,13 +159,14 @@ class Problem(NamedTuple):
             backend,
             budget,
             sizes,
+            restricted,
         )
 
     @property
     def by_rows(self) -> bool:
         """Whether a divergence needs whole rows of logits."""
         adaptive = any(measure is not None and measure.adaptive for measure in self.measures)
-        return adaptive or self.classes is not None
+        return adaptive or self.restricted or self.classes is not None
 
     @property
     def fuses(self) -> bool:
@@ -175,7 +178,8 @@ class Problem(NamedTuple):
 
         `skips`: tiles of the gradient may be left out; their masses take temporaries.
         """
-        settings = self.both | {"temporaries": self.both["temporaries"] or skips}
+        apart = skips or self.restricted  # steps that are never compiled
+        settings = self.both | {"temporaries": self.both["temporaries"] or apart}
         try:
             return plan_retain(
                 self.vocab_size, budget=self.budget, classes=self.classes, **settings
@@ -229,10 +233,12 @@ def make_plan(
     memory_budget: int,
     skips: bool = False,
     classes: Classes | None = None,
+    top_p: float = 1.0,
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    return Problem.of(sides, measures, backend, memory_budget, classes).retain(skips)
+    problem = Problem.of(sides, measures, backend, memory_budget, classes, top_p < 1)
+    return problem.retain(skips)
 
 
 def scalar(
@@ -267,7 +273,8 @@ def scalar(
 def _problem(task: Task, backend: ModuleType, memory_budget: int) -> Problem:
     sides = [side for side in (task.student, task.teacher) if side is not None]
     measures: list[Measure | None] = [span.measure for span in task.spans]
-    return Problem.of(sides, measures, backend, memory_budget, task.classes)
+    restricted = task.teacher_top_p < 1
+    return Problem.of(sides, measures, backend, memory_budget, task.classes, restricted)
 
 
 def streams(task: Task, backend: ModuleType, memory_budget: int) -> bool:

@@ -19,6 +19,7 @@ from dudi_kernels.autograd import first_order, no_autocast
 from dudi_kernels.classes import Classes
 from dudi_kernels.divergences import Measure
 from dudi_kernels.head import LMHead
+from dudi_kernels.nucleus import restrict
 from dudi_kernels.plan import Plan
 from dudi_kernels.skipping import Tally, live_columns
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
@@ -89,6 +90,7 @@ class Task(NamedTuple):
     needs: Needs
     tolerance: float = 0.0  # of skipping.py; 0: exact
     classes: Classes | None = None  # that the divergences are over; None: the vocabulary
+    teacher_top_p: float = 1.0  # of nucleus.py; 1: the whole vocabulary
 
 
 class RowValues(NamedTuple):
@@ -183,6 +185,8 @@ class Sweep:
             self.state.mixture = torch.zeros_like(self.state.weight)
         inv_taus = (task.inv_tau, task.teacher_inv_tau)
         self.setting = Setting.of(head, other, task.targets, inv_taus, task.plan.tile_rows)
+        if task.teacher_top_p < 1:
+            self.setting = self.setting._replace(masked=True)
         self.grads = new_gradients(task.student, task.needs)
         self.verbalized = None
         if task.classes is not None and other is not None:
@@ -262,7 +266,10 @@ class Sweep:
             return
         assert self.teacher is not None
         for a, b in self._taught(start, stop):
-            self.backend.project(self.task.teacher.rows(a, b), self.teacher[a - start : b - start])
+            logits = self.teacher[a - start : b - start]
+            self.backend.project(self.task.teacher.rows(a, b), logits)
+            if (top_p := self.task.teacher_top_p) < 1:
+                restrict(logits, self.task.teacher_inv_tau, top_p, self.task.plan.tile_rows)
 
     def _steps(
         self,

@@ -22,6 +22,7 @@ from dudi_kernels.classes import Classes
 from dudi_kernels.compiled import traceable
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import DEFAULT_BUDGET, Plan
+from dudi_kernels.preference import PREFERENCES, Packing, Preference
 from dudi_kernels.prepare import (
     as_side,
     make_plan,
@@ -65,30 +66,18 @@ class Weights(NamedTuple):
     off_rows: float | Tensor
     on_rows: float | Tensor
     pairs: float | Tensor
+    row: Tensor | None  # (N,) of each row's divergence; None: ones
 
+    def divergence(self, positive: Tensor) -> Tensor:  # (N,)
+        """Of each row's divergence in the loss."""
+        own = torch.where(positive, self.off_policy / self.off_rows, self.on_policy / self.on_rows)
+        return own if self.row is None else own * self.row
 
-class Packing(NamedTuple):
-    """Rows packed as [y+; y-] [y+; y-] ..."""
-
-    segments: Tensor  # (N,) 2 i for y+ of pair i, 2 i + 1 for y-
-    sequences: int  # S
-    starts: list[int]  # (S + 1) row offsets of the segments
-
-    @property
-    def positive(self) -> Tensor:
-        return self.segments % 2 == 0
-
-    def sums(self, values: Tensor) -> Tensor:
-        """(S,) of the rows of each segment."""
-        return values.new_zeros(self.sequences).index_add(0, self.segments, values)
-
-    def part(self, start: int, stop: int) -> tuple[Packing, slice]:
-        """The pairs of rows [start, stop), and their segments."""
-        own = self.segments[start:stop]
-        first = next(s for s in range(0, self.sequences, 2) if self.starts[s + 2] > start)
-        last = next(s for s in range(first, self.sequences, 2) if self.starts[s + 2] >= stop)
-        whole = slice(first, last + 2)
-        return Packing(own - first, last + 2 - first, []), whole
+    def weighted(self, divergence: Tensor) -> Tensor:  # (N,)
+        """Each row's divergence by its own weight."""
+        if self.row is None:
+            return divergence
+        return torch.where(self.row == 0, 0, self.row * divergence)  # no 0 * inf
 
 
 @traceable("student_hidden", "student_head", result=DuDiLoss)
@@ -110,27 +99,33 @@ def linear_dudi_loss(
     alpha: float = 0.1,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
+    preference_loss: str = "sigmoid",
     preference_beta: float = 0.1,
+    preference_margin: float = 0.0,
     preference_length_power: int = 0,
     reference_log_prob: Reference = None,  # (S,)
     off_policy_rows: Denominator = None,
     on_policy_rows: Denominator = None,
     pairs: Denominator = None,
     num_pairs: int | None = None,
+    num_generations: int = 1,
     gradient_tolerance: float = 0.0,
-    divergence_weight: Tensor | None = None, teacher_top_p: float = 1.0,
+    divergence_weight: Tensor | None = None,  # (N,)
+    teacher_top_p: float = 1.0,
     verbalizer: Verbalizer | None = None,
     backend: str = "auto",
     memory_budget: int = DEFAULT_BUDGET,
 ) -> DuDiLoss:
     """The three signals of DuDi over packed pairs of responses, in one sweep.
 
-    Replaces, with `y+` the rows of even segments and `y-` those of odd ones::
+    Replaces, with `y+` the rows of even segments and `y-` those of odd ones (and so on for more
+    samples of a prompt)::
 
         D_off, D_on = divergence_off(p, q)[y+].sum(-1), divergence_on(p, q)[y-].sum(-1)
+        D_off, D_on = divergence_weight[y+] * D_off, divergence_weight[y-] * D_on
         logp = log_softmax(student_logits, -1).gather(-1, targets[:, None])[:, 0]
         score = (segment_sum(logp) - reference_log_prob) / lengths ** preference_length_power
-        z = preference_beta * (score[0::2] - score[1::2])
+        z = preference_beta * (score[0::2] - score[1::2]) - preference_margin
         loss = (
             off_policy_weight * D_off.sum() / off_policy_rows
             + ce_weight * -logp[y+].sum() / off_policy_rows
@@ -144,11 +139,16 @@ def linear_dudi_loss(
     Args:
         teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher;
             unread then.
-        segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of pair i, 2 i + 1
-            is y-. Sequences may be missing as long as no preference is asked for. They must be on
-            the CPU while a CUDA graph is captured, which then is of these lengths.
+        segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of prompt i, 2 i + 1
+            is y-; with G = `num_generations` samples of each prompt, (1 + G) i is y+, and the G
+            numbers that follow are the y-, each of which makes a pair with it. Sequences may be
+            missing as long as no preference is asked for. They must be on the CPU while a CUDA
+            graph is captured, which then is of these lengths.
         temperature: of the divergences, or of the student's side of them where
             `teacher_temperature` is given; log-probabilities and entropies are at 1.
+        preference_loss: of z as above: sigmoid, -logsigmoid(z); hinge, relu(1 - z); ipo,
+            ((z - 1/2) / preference_beta)^2, whose length power is 1 in its source.
+        preference_margin: how far y+ shall be ahead, gamma of SimPO; for no reference above all.
         preference_length_power: 0 or 1, the a in r(y) = (log pi - log pi_ref) / |y|^a.
         reference_log_prob: (S,) nats under a frozen policy (a last y- without rows may be left
             out), "teacher" for the teacher's own at no extra forward, or None for no reference.
@@ -158,24 +158,31 @@ def linear_dudi_loss(
             segment ids say. Needed under torch.compile.
         gradient_tolerance: as in `linear_distill_loss`; a row's weight is that of its divergence
             and of its log-probability in the loss.
+        divergence_weight: of each row's divergence alone, on top of its signal's weight, for rows
+            that the teacher says less about, or (0) nothing; None is 1. It does not change the
+            denominators.
+        teacher_top_p: as in `linear_distill_loss`; "teacher" can't be the reference below 1.
         verbalizer: as in `linear_distill_loss`; "teacher" can't be the reference then.
         memory_budget: bytes of workspace beyond the gradients.
 
     Returns:
-        `DuDiLoss`. The parts are unweighted, with the same denominators; S is twice the number of
-        pairs P, and per-row results have the leading shape of `student_hidden`.
+        `DuDiLoss`. The parts are unweighted, with the same denominators; P counts pairs, S
+        sequences, and per-row results have the leading shape of `student_hidden`; the divergence of
+        a row is without its weight.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, ranges or names that don't fit; an
             incomplete pair with a preference; no teacher where one is needed.
 
     Sources: DuDi, arXiv 2606.04694 (its abstract; the formulas are this project's own); SPIN,
-    2401.01335; GKD, 2306.13649.
+    2401.01335; GKD, 2306.13649; DPO, 2305.18290; SLiC-HF, 2305.10425 (hinge); IPO, 2310.12036;
+    SimPO, 2405.14734 (margin).
     """
     student = with_low(checks.side("student", student_hidden, student_head))
     flat = checks.targets(targets, student, None)
     ids = checks.segment_ids(segment_ids, student)
-    packing = _packing(ids, student.hidden.device, num_pairs)
+    samples = checks.integer("num_generations", num_generations, 1)
+    packing = _packing(ids, student.hidden.device, num_pairs, samples)
     off_policy_weight, on_policy_weight, preference_weight, ce_weight = _weights(
         off_policy_weight=off_policy_weight,
         on_policy_weight=on_policy_weight,
@@ -187,13 +194,16 @@ def linear_dudi_loss(
         checks.divergence("on_policy_divergence", on_policy_divergence, beta, alpha),
     )
     temperatures = checks.temperatures(temperature, teacher_temperature)
+    checks.one_of("preference_loss", preference_loss, PREFERENCES)
     preference_beta = checks.number("preference_beta", preference_beta, 0, math.inf, ends=False)
+    margin = checks.number("preference_margin", preference_margin, -math.inf, math.inf)
     checks.gradient_tolerance(gradient_tolerance, student)
+    top_p = checks.top_p(teacher_top_p, student)
     if isinstance(preference_length_power, bool) or preference_length_power not in (0, 1):
         raise ValueError(f"preference_length_power must be 0 or 1, got {preference_length_power}")
     if preference_weight > 0:
         _check_pairs(packing)
-    positives, ones = _rows_of(packing, 0), torch.ones(len(flat), device=flat.device)
+    positives, ones = packing.positives, torch.ones(len(flat), device=flat.device)
     weights = Weights(
         off_policy_weight,
         on_policy_weight,
@@ -201,13 +211,16 @@ def linear_dudi_loss(
         ce_weight,
         _denominator("off_policy_rows", off_policy_rows, positives),
         _denominator("on_policy_rows", on_policy_rows, len(flat) - positives),
-        _denominator("pairs", pairs, packing.sequences // 2),
+        _denominator("pairs", pairs, packing.pairs),
+        _divergence_weight(divergence_weight, student),
     )
     preference = Preference(
         packing,
         _reference(reference_log_prob, packing, student),
         from_teacher=isinstance(reference_log_prob, str) and preference_weight > 0,
+        kind=PREFERENCES[preference_loss],
         beta=preference_beta,
+        margin=margin,
         scale=packing.sums(ones).clamp(min=1) ** -preference_length_power,
         weight=preference_weight / weights.pairs,
     )
@@ -215,10 +228,10 @@ def linear_dudi_loss(
     if off_policy_weight or on_policy_weight or preference.from_teacher:
         teacher, classes = _teacher(student, teacher_hidden, teacher_head, verbalizer)
         checks.exact(gradient_tolerance, classes)
-        _check_classes(classes, measures, (off_policy_weight, on_policy_weight), preference)
+        _check_measures(measures, (off_policy_weight, on_policy_weight), classes, top_p)
+        _check_reference(preference, classes, top_p)
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
-    signals.factor = divergence_weight
     task = signals.task(
         student,
         teacher,
@@ -229,45 +242,13 @@ def linear_dudi_loss(
         memory_budget,
         gradient_tolerance,
         classes,
+        top_p,
     )
     loss, values, skipped = scalar(student, task, signals.combine, engine, memory_budget)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
     return DuDiLoss(
         loss, *signals.parts, *(v.view(student.shape) for v in per_row), **skipped._asdict()
     )
-
-
-class Preference(NamedTuple):
-    """-log sigmoid(beta (r(y+) - r(y-))), r(y) = (log pi - log pi_ref) scale."""
-
-    packing: Packing
-    reference: Tensor  # (S,) log-probabilities, unless they are the teacher's
-    from_teacher: bool
-    beta: float
-    scale: Tensor  # (S,) 1 / |y|^a
-    weight: float | Tensor  # of a pair in the loss
-
-    def margins(
-        self, log_prob: Tensor, teacher_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (P,), (S,), (S,)
-        """r(y+) - r(y-), and the sums that it comes from."""
-        sums = self.packing.sums(log_prob)
-        reference = self.packing.sums(teacher_log_prob) if self.from_teacher else self.reference
-        scores = (sums - reference) * self.scale
-        return scores[0::2] - scores[1::2], sums, reference
-
-    def coefficients(
-        self, start: int, stop: int, log_prob: Tensor, teacher_log_prob: Tensor | None
-    ) -> Tensor:
-        """(R,) d loss / d log q[target] of the rows of whole pairs."""
-        packing, whole = self.packing.part(start, stop)
-        scale = self.scale[whole]
-        own = self._replace(packing=packing, reference=self.reference[whole], scale=scale)
-        other = log_prob if teacher_log_prob is None else teacher_log_prob
-        margins, _, _ = own.margins(log_prob, other)
-        pull = torch.sigmoid(-self.beta * margins) * (-self.beta * self.weight)
-        pull = pull.nan_to_num(0)  # both targets masked: inf - inf
-        return (torch.stack([pull, -pull], 1).view(-1) * scale)[packing.segments]
 
 
 class _Signals:
@@ -288,19 +269,22 @@ class _Signals:
         memory_budget: int,
         tolerance: float,
         classes: Classes | None,
+        top_p: float,
     ) -> Task:
         w, packing = self.weights, self.packing
         learner, guide = as_side(student), None if teacher is None else as_side(teacher)
         skips = tolerance > 0
-        plan = make_plan(learner, guide, list(measures), backend, memory_budget, skips, classes)
+        plan = make_plan(
+            learner, guide, list(measures), backend, memory_budget, skips, classes, top_p
+        )
         positive = packing.positive
         return Task(
             student=learner,
             teacher=guide,
             targets=targets,
-            weight=torch.where(positive, w.off_policy / w.off_rows, w.on_policy / w.on_rows) * (1 if self.factor is None else self.factor),
-            spans=_spans(packing.starts, (w.off_policy, w.on_policy), measures),
-            groups=_groups(packing.starts, plan, together=w.preference > 0),
+            weight=w.divergence(positive),
+            spans=_spans(packing, (w.off_policy, w.on_policy), measures),
+            groups=_groups(packing, plan, together=w.preference > 0),
             coefficient=torch.where(positive, -w.ce / w.off_rows, 0.0) if w.ce else None,
             coefficients=self.preference.coefficients if w.preference else None,
             teacher_log_prob=self.preference.from_teacher,
@@ -310,17 +294,18 @@ class _Signals:
             needs=wanted_gradients(student),
             tolerance=tolerance,
             classes=classes,
+            teacher_top_p=top_p,
         )
 
     def combine(self, values: RowValues) -> Tensor:
         """The loss; its parts go to `self.parts`."""
         w, positive = self.weights, self.packing.positive
-        if self.factor is not None: values = values._replace(divergence=torch.where(self.factor > 0, values.divergence * self.factor, 0))
+        divergence = w.weighted(values.divergence)
         margins, *sums = self.preference.margins(values.log_prob, values.teacher_log_prob)
         parts = (
-            torch.where(positive, values.divergence, 0).sum() / w.off_rows,
-            torch.where(positive, 0, values.divergence).sum() / w.on_rows,
-            -F.logsigmoid(self.preference.beta * margins).sum() / w.pairs,
+            torch.where(positive, divergence, 0).sum() / w.off_rows,
+            torch.where(positive, 0, divergence).sum() / w.on_rows,
+            self.preference.loss(margins).sum() / w.pairs,
             -torch.where(positive, values.log_prob, 0).sum() / w.off_rows,
         )
         self.parts = (*parts, margins, *sums)
@@ -337,21 +322,24 @@ def _weights(**given: float) -> list[float]:
     return [checks.number(name, value, 0, math.inf) for name, value in given.items()]
 
 
-def _packing(ids: Tensor, device: torch.device, num_pairs: int | None) -> Packing:
+def _packing(ids: Tensor, device: torch.device, num_pairs: int | None, samples: int) -> Packing:
     if devices.capturing(ids.device):
         raise ValueError(
             "segment_ids must be on the CPU while a CUDA graph is captured: the lengths of the "
             "sequences say what is launched, and the host can't read them from the GPU then"
         )
-    least = int(ids[-1]) // 2 + 1 if len(ids) else 0
-    count = 2 * (least if num_pairs is None else checks.integer("num_pairs", num_pairs, least))
+    group = 1 + samples
+    least = int(ids[-1]) // group + 1 if len(ids) else 0  # prompts
+    pairs = least * samples
+    if num_pairs is not None:
+        pairs = checks.integer("num_pairs", num_pairs, pairs)
+        if pairs % samples:
+            raise ValueError(
+                f"num_pairs must be a multiple of num_generations={samples}, got {num_pairs}"
+            )
+    count = pairs // samples * group
     lengths = torch.bincount(ids, minlength=count)
-    return Packing(on_device(ids, device), count, [0, *lengths.cumsum(0).tolist()])
-
-
-def _rows_of(packing: Packing, parity: int) -> int:
-    sizes = [b - a for a, b in pairwise(packing.starts)]
-    return sum(sizes[parity::2])
+    return Packing(on_device(ids, device), count, [0, *lengths.cumsum(0).tolist()], group)
 
 
 def _check_pairs(packing: Packing) -> None:
@@ -417,44 +405,56 @@ def _teacher(
     return with_low(teacher), classes
 
 
-def _check_classes(
-    classes: Classes | None,
+def _divergence_weight(value: Tensor | None, student: Rows) -> Tensor | None:
+    return None if value is None else checks.row_weight("divergence_weight", value, student)
+
+
+def _check_measures(
     measures: tuple[Measure, Measure],
     weights: tuple[float, float],
-    preference: Preference,
+    classes: Classes | None,
+    top_p: float,
 ) -> None:
-    if classes is None:
+    names = ("off_policy_divergence", "on_policy_divergence")
+    for name, measure, weight in zip(names, measures, weights, strict=True):
+        if weight:
+            checks.finite_measure(name, measure, classes, top_p)
+
+
+def _check_reference(preference: Preference, classes: Classes | None, top_p: float) -> None:
+    if not preference.from_teacher:
         return
-    if preference.from_teacher:
+    if classes is not None:
         raise ValueError(
             "reference_log_prob must not be 'teacher' with a verbalizer that maps tokens: the "
             "teacher's log-probabilities are of its own"
         )
-    names = ("off_policy_divergence", "on_policy_divergence")
-    for name, measure, weight in zip(names, measures, weights, strict=True):
-        if weight:
-            checks.finite_measure(name, measure, classes)
+    if top_p < 1:
+        raise ValueError(
+            f"reference_log_prob must not be 'teacher' with teacher_top_p={top_p}: targets outside "
+            "of what the teacher is restricted to have no log-probability"
+        )
 
 
 def _spans(
-    starts: list[int], weights: tuple[float, float], measures: tuple[Measure, Measure]
+    packing: Packing, weights: tuple[float, float], measures: tuple[Measure, Measure]
 ) -> list[Span]:
     """Runs of y+ and of y- rows, where their signal is on."""
     return [
-        Span(a, b, measures[segment % 2])
-        for segment, (a, b) in enumerate(pairwise(starts))
-        if b > a and weights[segment % 2] > 0
+        Span(a, b, measures[packing.side(segment)])
+        for segment, (a, b) in enumerate(pairwise(packing.starts))
+        if b > a and weights[packing.side(segment)] > 0
     ]
 
 
-def _groups(starts: list[int], plan: Plan, together: bool) -> list[list[Chunk]]:
-    """Chunks of whole pairs; a pair that the budget can't hold is a group of several chunks."""
-    size = plan.chunk_rows
+def _groups(packing: Packing, plan: Plan, together: bool) -> list[list[Chunk]]:
+    """Chunks of whole prompts; one that the budget can't hold is a group of several chunks."""
+    starts, size = packing.starts, plan.chunk_rows
     if not together:
         return [[chunk] for chunk in chunks(0, starts[-1], even(starts[-1], size))]
     groups: list[list[Chunk]] = []
     begin = 0
-    for a, b in pairwise(starts[0::2]):  # of pairs
+    for a, b in pairwise(starts[:: packing.group]):  # of prompts
         if b - begin > size and a > begin:
             groups.append([(begin, a)])
             begin = a

@@ -3,7 +3,8 @@
 With class logits s'_k = log sum_(v in k) exp(s_v / T) and t'_k = log sum_u M_uk exp(t_u / T), the
 divergence is an ordinary one, of K classes at temperature 1. Its gradient d_k in the class logits
 becomes d_k exp(s_v / T - s'_k) / T in those of tokens. Log-probabilities, entropies and what they
-add to the gradient stay the tokens'. Class logits are made for a few rows at a time.
+add to the gradient stay the tokens'. Class logits are made for a few rows at a time. A teacher that
+gives no class any mass in a row (unmatched="renormalize") says nothing there: it is taken to agree.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class Verbalized:
         make = self.backend.class_logits
         make(classes.student, tile.student, setting.inv_tau, student)
         make(classes.teacher, tile.teacher, setting.teacher_inv_tau, teacher)
+        if classes.masked:  # the bucket, the last class: no teacher token makes it
+            teacher[:, -1] = -torch.inf
+        if self.masked:
+            silent = teacher.amax(1, keepdim=True) == -torch.inf
+            torch.where(silent, student, teacher, out=teacher)
         if wanted.gradient:
             shares = self.shares[:rows]
             self.backend.shares(classes.shared, tile.student, setting.inv_tau, student, shares)

@@ -90,6 +90,13 @@ def entropy(scores: Tensor) -> Tensor:
     return -torch.special.xlogy(probs, probs).sum(-1)
 
 
+def nucleus(scores: Tensor, temperature: float, top_p: float) -> Tensor:
+    """-inf for all but the likeliest tokens of this mass, by a full sort."""
+    p, order = (scores / temperature).softmax(-1).sort(dim=-1, descending=True)
+    out = p.cumsum(-1) - p >= top_p
+    return scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+
+
 def dudi(
     scores: Tensor,  # (N, V) float64 logits of the student
     teacher_scores: Tensor | None,
@@ -105,14 +112,20 @@ def dudi(
     length_power: int,
     reference: Tensor | str | None,
     denominators: tuple[float | None, float | None, float | None],
+    samples: int = 1,  # of each prompt
+    kind: str = "sigmoid",
+    margin: float = 0.0,
 ) -> dict[str, Tensor]:
     """The three signals, one sequence after the other."""
-    count = 2 * (int(segments.max()) // 2 + 1)
+    group = 1 + samples
+    prompts = int(segments.max()) // group + 1
+    count = group * prompts
+    positive = segments % group == 0
     off_rows, on_rows, pairs = (
         own if given is None else given
         for given, own in zip(
             denominators,
-            (float((segments % 2 == 0).sum()), float((segments % 2 == 1).sum()), count / 2),
+            (float(positive.sum()), float((~positive).sum()), prompts * samples),
             strict=True,
         )
     )
@@ -137,18 +150,24 @@ def dudi(
             references.append(other[rows].sum())
         lengths.append(max(int(rows.sum()), 1))
         if p is not None:
-            name = divergences[segment % 2]
+            name = divergences[segment % group > 0]
             value = DIVERGENCES[name](p[rows], q[rows], beta, alpha).sum()
-            off, on = (off + value, on) if segment % 2 == 0 else (off, on + value)
-        if segment % 2 == 0:
+            off, on = (off + value, on) if segment % group == 0 else (off, on + value)
+        if segment % group == 0:
             ce = ce - own[rows].sum()
+    ratings = [(sums[s] - references[s]) / lengths[s] ** length_power for s in range(count)]
     margins = []
-    for pair in range(count // 2):
-        plus, minus = (
-            (sums[s] - references[s]) / lengths[s] ** length_power for s in (2 * pair, 2 * pair + 1)
-        )
-        margins.append(plus - minus)
-        preference = preference - torch.log(torch.sigmoid(preference_beta * margins[-1]))
+    for prompt in range(prompts):
+        for sample in range(1, group):
+            margins.append(ratings[group * prompt] - ratings[group * prompt + sample])
+            z = preference_beta * margins[-1] - margin
+            match kind:
+                case "sigmoid":
+                    preference = preference - torch.log(torch.sigmoid(z))
+                case "hinge":
+                    preference = preference + torch.clamp(1 - z, min=0)
+                case "ipo":
+                    preference = preference + ((z - 0.5) / preference_beta) ** 2
     parts = {
         "off_policy_loss": off / max(off_rows, 1),
         "on_policy_loss": on / max(on_rows, 1),

@@ -20,6 +20,7 @@ from cases import (
 
 from dudi_kernels import linear_cross_entropy, linear_distill_loss, linear_dudi_loss
 from dudi_kernels.plan import Plan
+from dudi_kernels.preference import PREFERENCES, Packing
 from dudi_kernels.three_signals import _groups
 
 VOCAB = 301
@@ -54,6 +55,9 @@ def compare(problem, rtol, *, weights, reference, memory_budget=2**28, backend="
         "preference_beta": 0.2,
         "length_power": 0,
         "denominators": (None, None, None),
+        "kind": "sigmoid",
+        "margin": 0.0,
+        "samples": 1,
         **settings,
     }
     off, on, pairs = options["denominators"]
@@ -74,6 +78,9 @@ def compare(problem, rtol, *, weights, reference, memory_budget=2**28, backend="
         preference_beta=options["preference_beta"],
         preference_length_power=options["length_power"],
         reference_log_prob=reference,
+        preference_loss=options["kind"],
+        preference_margin=options["margin"],
+        num_generations=options["samples"],
         off_policy_rows=off,
         on_policy_rows=on,
         pairs=pairs,
@@ -196,17 +203,73 @@ def test_no_teacher_where_nothing_needs_one():
 
 
 def test_chunks_hold_whole_pairs():
-    starts = [0, 3, 8, 9, 18, 25, 27, 31, 37]
-    assert _groups(starts, Plan(100, 1, 100), True) == [[(0, 37)]]
-    assert _groups(starts, Plan(18, 1, 18), True) == [[(0, 18)], [(18, 27)], [(27, 37)]]
-    assert _groups(starts, Plan(9, 1, 9), True) == [
+    segments = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    packing = Packing(segments, 8, [0, 3, 8, 9, 18, 25, 27, 31, 37])
+    assert _groups(packing, Plan(100, 1, 100), True) == [[(0, 37)]]
+    assert _groups(packing, Plan(18, 1, 18), True) == [[(0, 18)], [(18, 27)], [(27, 37)]]
+    assert _groups(packing, Plan(9, 1, 9), True) == [
         [(0, 8)],
         [(8, 17), (17, 18)],
         [(18, 27)],
         [(27, 36), (36, 37)],
     ]
-    assert _groups(starts, Plan(9, 1, 10), True) == [[(0, 8)], [(8, 18)], [(18, 27)], [(27, 37)]]
-    assert _groups(starts, Plan(30, 1, 40), False) == [[(0, 19)], [(19, 37)]]
+    assert _groups(packing, Plan(9, 1, 10), True) == [[(0, 8)], [(8, 18)], [(18, 27)], [(27, 37)]]
+    assert _groups(packing, Plan(30, 1, 40), False) == [[(0, 19)], [(19, 37)]]
+
+
+def test_chunks_hold_whole_prompts():
+    packing = Packing(torch.zeros(37), 8, [0, 3, 8, 9, 18, 25, 27, 31, 37], group=4)
+    assert _groups(packing, Plan(20, 1, 20), True) == [[(0, 18)], [(18, 37)]]
+    assert _groups(packing, Plan(18, 1, 18), True) == [[(0, 18)], [(18, 36), (36, 37)]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", PREFERENCES)
+@pytest.mark.parametrize("budget", [2**28, 26_000], ids=["whole", "long"])
+def test_kinds_of_preference(kind, budget, backend):
+    """Hinge has pairs on both sides of its kink."""
+    got = compare(
+        make(bias=True), 1e-5, weights=(0.0, 0.5, 1.0, 0.1), reference=-torch.rand(8) * 60,
+        kind=kind, margin=0.3, preference_beta=2.0, length_power=1, memory_budget=budget,
+        backend=backend,
+    )  # fmt: skip
+    z = 2 * got.margins - 0.3
+    assert 0 < int((z < 1).sum()) < len(z)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reference", ["teacher", "tensor", None])
+@pytest.mark.parametrize("budget", [2**28, 60_000, 26_000], ids=["whole", "prompts", "long"])
+def test_several_samples_of_a_prompt(reference, budget, backend):
+    if reference == "tensor":
+        reference = -torch.rand(len(LENGTHS)) * 30
+    compare(
+        make(), 1e-5, weights=(1.0, 0.7, 0.3, 0.2), reference=reference, samples=3,
+        denominators=(20.0, 40.0, 9.0), memory_budget=budget, backend=backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_a_masked_target_pulls_at_nothing(kind):
+    """Its pair's loss is infinite, its gradient finite."""
+    student, teacher, targets, segments = make(bias=True)
+    with torch.no_grad():
+        student.bias[targets[5]] = -torch.inf
+    got = dudi(student, teacher, targets, segments, preference_weight=0.5, preference_loss=kind)
+    got.loss.backward()
+    assert all(bool(t.grad.isfinite().all()) for t in student.inputs)
+
+
+def test_a_pair_count_of_whole_prompts():
+    problem = make()
+    with pytest.raises(ValueError, match="num_pairs must be a multiple of num_generations=3"):
+        dudi(*problem, num_generations=3, num_pairs=8)
+    with pytest.raises(ValueError, match="num_generations must be at least 1, got 0"):
+        dudi(*problem, num_generations=0)
+    with pytest.raises(ValueError, match="preference_loss must be one of sigmoid, hinge, ipo, got"):
+        dudi(*problem, preference_loss="dpo")
+    got = dudi(*problem, num_generations=3, num_pairs=9)
+    assert got.margins.shape == (9,) and got.log_probs.shape == (12,)
 
 
 def test_no_rows_and_three_dimensions():
