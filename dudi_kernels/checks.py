@@ -238,6 +238,11 @@ def exact(gradient_tolerance: float, classes: Classes | None) -> None:
 
 def top_p(value: float, student: Rows) -> float:
     value = number("teacher_top_p", value, SHARES[0], 1)
+    if value < 1 and student.head.shard is not None:
+        raise ValueError(
+            f"teacher_top_p must be 1 with a sharded student_head, got {value}: which tokens are "
+            "the teacher's likeliest depends on those of other ranks"
+        )
     if value < 1 and devices.capturing(student.hidden.device):
         raise ValueError(
             f"teacher_top_p must be 1 while a CUDA graph is captured, got {value}: how many tokens "

@@ -135,11 +135,10 @@ class ShardedSweep(Sweep):
             self.meeting.chained(rows)
         else:
             if statistics or late_teacher:
-                guide = late_teacher or (statistics and teacher)
                 super()._steps(
                     start, stop, statistics=statistics, teacher=teacher, late_teacher=late_teacher
                 )
-                guide = guide and self.teacher is not None
+                guide = self.teacher is not None and (late_teacher or (statistics and teacher))
                 self.meeting.statistics(start, stop, student=statistics, teacher=guide)
             if sums:
                 self._mix(rows, start)
@@ -183,7 +182,7 @@ def agree_on(
         return
     hidden = student.hidden
     names = [m and (m.terms.__name__, m.a, m.b, m.adaptive) for m in measures]
-    tops = {f"own {who}_head.bias": _top(side) for who, side in zip(WHO, sides, strict=True)}
+    tops = {f"own bias of the {who}'s head": _top(s) for who, s in zip(WHO, sides, strict=True)}
     table = student.head.shard.agree(
         hidden.device,
         call,
@@ -202,7 +201,7 @@ def agree_on(
         found = [own[name] for own in table]
         if not all(top < math.inf for top in found) or max(found) == -math.inf:
             raise ValueError(
-                f"{name[4:]} must be finite, or -inf for some tokens, got maxima of {found}"
+                f"the {name[4:]} must be finite, or -inf for some tokens, got maxima of {found}"
             )
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from cases import Side, error, make_side, make_targets
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dudi_kernels
 from dudi_kernels import (
@@ -125,6 +124,16 @@ def cases() -> list[Case]:
             dudi,
             {"preference_weight": 0.4, "off_policy_divergence": "jsd"},
             budget=BUDGET // 2,
+        ),
+        Case(
+            "dudi-samples",
+            dudi,
+            {
+                "num_generations": 3,
+                "preference_weight": 0.4,
+                "preference_loss": "hinge",
+                "divergence_weight": torch.linspace(0, 2, ROWS),
+            },
         ),
         Case("dudi-adaptive", dudi, {"off_policy_divergence": "adaptive_kl", "ce_weight": 0.3}),
     ]
@@ -324,6 +333,7 @@ def refusals(rank: int, world: int) -> dict[str, Callable[[], object]]:
         "masked": lambda: masked(-torch.inf),
         "targets": lambda: loss(targets=targets + VOCAB),
         "tolerance": lambda: loss(gradient_tolerance=0.1),
+        "top-p": lambda: loss(teacher_top_p=0.9),
         "top-k": lambda: linear_distill_loss(
             student.hidden, part(student), TopKTeacher(ids, torch.zeros(8, 1))
         ),
@@ -396,6 +406,8 @@ def memory(rank: int, world: int) -> dict[str, tuple[int, int]]:
 
 def compiled(rank: int, world: int) -> Results:
     """The distances of compiled from plain calls, and how many graphs there are after two."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     found = {}
     for name in ("loss-uneven-jsd", "rows-uneven-forward_kl"):
         case = next(case for case in cases() if case.name == name)
