@@ -373,7 +373,7 @@ def message(call: Callable[[], object]) -> str:
 
 # ---- memory, models and compilers ----------------------------------------------------------------
 
-BIG_ROWS, BIG_VOCAB, BIG_WIDTH, BIG_BUDGET = 512, 16_384, 24, 3_000_000
+BIG_ROWS, BIG_VOCAB, BIG_WIDTH, BIG_BUDGET = 512, 16_384, 128, 3_000_000
 
 
 def memory(rank: int, world: int) -> dict[str, tuple[int, int]]:

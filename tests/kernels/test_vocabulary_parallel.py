@@ -326,12 +326,12 @@ def test_every_rank_raises_the_same(name, world, ranks):
 
 def test_no_rank_holds_logits_of_all_rows_or_a_head_of_all_ranks(ranks):
     """The budget holds on each rank, beside its own rows' gradient and what ranks exchange."""
-    gradient = once.BIG_VOCAB // 2 * once.BIG_WIDTH * 4
-    logits = once.BIG_ROWS * once.BIG_VOCAB // 2 * 4
+    gradient = once.BIG_VOCAB // 2 * once.BIG_WIDTH * 4  # half of a head
+    assert gradient < once.BIG_ROWS * once.BIG_VOCAB // 2 * 4 / 3  # of the logits of a rank
     for rank in ranks(2):
         for name, (peak, largest) in rank["memory"].items():
-            assert peak <= 1.1 * once.BIG_BUDGET + 2 * gradient + 400_000, name
-            assert largest < min(logits / 4, 2 * gradient * 2), name
+            assert peak <= 1.1 * once.BIG_BUDGET + gradient + 1_500_000, (name, peak)
+            assert largest <= gradient, name
 
 
 def test_compiled_calls_give_the_same(ranks):
