@@ -1,4 +1,4 @@
-"""The `dudi` command: train, evaluate, verbalize, report, demo.
+"""The `dudi` command: train, evaluate, verbalize, cache-teacher, report, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -57,6 +57,12 @@ class VerbalizeArguments:
 
 
 @dataclass(kw_only=True)
+class CacheArguments:
+    batch_size: int = _option("Sequences that the teacher reads at a time.", 16)
+    shard_mb: int = _option("Size of a shard: what a killed run loses at most.", 256)
+
+
+@dataclass(kw_only=True)
 class ReportArguments:
     run_dir: str = _option("Folder of a run, or of a demo.")
     output: str | None = _option("The HTML file; by default report.html in the folder.", None)
@@ -108,17 +114,33 @@ def evaluate(words: list[str], console: Console) -> None:
     run_evaluation(**vars(arguments), console=console)
 
 
-def verbalize(words: list[str], console: Console) -> None:
+def _with_recipe(
+    cls: type, words: list[str], defaults: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Any, Any]:
+    """A command's own options, and the recipe's as `dudi train` reads them."""
     from dudi.config import checked, field_types, from_options, read_options
 
     config_file, overrides = _split_config(words)
-    own = field_types(VerbalizeArguments)
-    options = {"output_dir": "runs/verbalize"} | read_options(config_file, overrides, own)
-    shown = VerbalizeArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
-    script, config = from_options(options)
+    own = field_types(cls)
+    options = (defaults or {}) | read_options(config_file, overrides, own)
+    values = vars(cls(**checked({n: options.pop(n) for n in own if n in options}, own)))
+    return (values, *from_options(options))
+
+
+def verbalize(words: list[str], console: Console) -> None:
+    shown, script, config = _with_recipe(
+        VerbalizeArguments, words, {"output_dir": "runs/verbalize"}
+    )
     from dudi.inspection import run_inspection
 
-    run_inspection(script, config, **vars(shown), console=console)
+    run_inspection(script, config, **shown, console=console)
+
+
+def cache_teacher(words: list[str], console: Console) -> None:
+    own, script, config = _with_recipe(CacheArguments, words)
+    from dudi.caching import run_caching
+
+    run_caching(script, config, **own, console=console)
 
 
 def report(words: list[str], console: Console) -> None:
@@ -155,7 +177,7 @@ TRAIN_GROUPS = {
     "Models and data": (
         "model_name_or_path", "model_config", "model_init_kwargs", "disable_dropout",
         "tokenizer_name_or_path", "teacher_model_name_or_path", "teacher_model_init_kwargs",
-        "teacher_tokenizer_name_or_path",
+        "teacher_tokenizer_name_or_path", "teacher_cache",
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
         "dataset_test_split", "max_prompt_length", "max_completion_length",
         "max_teacher_prompt_length", "overlong", "chat_template_kwargs",
@@ -227,13 +249,18 @@ def show_train_options(console: Console) -> None:
     )
 
 
-def show_verbalize_options(console: Console) -> None:
-    show_options(console, "What is shown", rows_of(VerbalizeArguments).values())
-    show_train_options(console)
-
-
 def shows(cls: type) -> Callable[[Console], None]:
     return lambda console: show_options(console, "Options", rows_of(cls).values())
+
+
+def shows_with_recipe(cls: type) -> Callable[[Console], None]:
+    """A command's own options, then those of the recipe."""
+
+    def show(console: Console) -> None:
+        shows(cls)(console)
+        show_train_options(console)
+
+    return show
 
 
 @dataclass(frozen=True)
@@ -259,9 +286,15 @@ COMMANDS = {
     ),
     "verbalize": Command(
         verbalize,
-        show_verbalize_options,
+        shows_with_recipe(VerbalizeArguments),
         "dudi verbalize --config recipe.yaml [--rows N] [--name value ...]",
         "Show what the teacher reads and says, and what the student learns from it.",
+    ),
+    "cache-teacher": Command(
+        cache_teacher,
+        shows_with_recipe(CacheArguments),
+        "dudi cache-teacher --config recipe.yaml --output_dir CACHE [--name value ...]",
+        "Store what the teacher says of the given responses, for runs without its body.",
     ),
     "report": Command(
         report,

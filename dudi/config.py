@@ -115,6 +115,10 @@ class DuDiConfig(TrainingArguments):
     teacher_tokenizer_name_or_path: str | None = _field(
         None, "By default the teacher's own; where it has none, the student's."
     )
+    teacher_cache: str | None = _field(
+        None,
+        "A folder that `dudi cache-teacher` has written: the teacher of y+, without its body.",
+    )
     disable_dropout: bool = _field(True, "Set every dropout of the student to 0.")
 
     # signals

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dudi.known import KnownStates, KnownTeacher
 from dudi_kernels import LMHead
 
 
@@ -91,6 +92,8 @@ def causal_lm(model: Any) -> Any:
 
 def response_hidden(model: nn.Module, packed: Packed) -> Tensor:
     """Final hidden states (N, D) of the rows that predict response tokens."""
+    if isinstance(model, KnownStates):
+        return model.hidden(packed)
     lm = causal_lm(model)
     body = lm.base_model
     if body is lm:
@@ -104,7 +107,12 @@ def response_hidden(model: nn.Module, packed: Packed) -> Tensor:
 
 def lm_head(model: nn.Module) -> LMHead:
     """The model's head as the kernels take it: the live parameters, not copies."""
-    return LMHead.from_model(model)
+    return model.head if isinstance(model, KnownStates) else LMHead.from_model(model)
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Rows of a model's head, also of one that is not here."""
+    return model.vocab_size if isinstance(model, KnownTeacher) else lm_head(model).vocab_size
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from dudi.checkpoints import (
 from dudi.config import DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
+from dudi.known import KnownTeacher
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -54,6 +55,7 @@ from dudi.models import (
 from dudi.reference import Reference
 from dudi.rollout import Rollout, generate
 from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
+from dudi.teacher_cache import check_complete, open_cache
 from dudi.teaching import (
     Lesson,
     Responses,
@@ -133,6 +135,7 @@ class DuDiTrainer(Trainer):
             student = get_peft_model(student, peft_config)
         teacher = self._load_teacher(teacher_model, args)
         check_models(student, teacher)
+        self.known = teacher if isinstance(teacher, KnownTeacher) else None
         self.bridge = Bridge(tokenizer)
         if teacher is not None:
             self.bridge = build_bridge(
@@ -196,6 +199,13 @@ class DuDiTrainer(Trainer):
         if not args.needs_teacher:
             return None
         source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
+
+        def load() -> Any:
+            return source and load_model(source, args.teacher_model_init_kwargs, argument)
+
+        if args.teacher_cache is not None:
+            return open_cache(args, load)
         if source is None:
             raise ValueError(
                 "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
@@ -203,8 +213,7 @@ class DuDiTrainer(Trainer):
                 f"reference={args.reference!r} need a teacher; set both weights to 0 and "
                 "ce_weight to 1 to train without one"
             )
-        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
-        return load_model(source, args.teacher_model_init_kwargs, argument)
+        return load()
 
     @staticmethod
     def _check_reporting(args: DuDiConfig) -> None:
@@ -234,6 +243,7 @@ class DuDiTrainer(Trainer):
             split_name=split,
         )
         self.data_counts[split] = counts
+        check_complete(self.known, prepared, args, self.bridge.pairing, split)
         return prepared
 
     # ---- sampling and packing ------------------------------------------------------------------
