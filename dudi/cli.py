@@ -1,4 +1,5 @@
-"""The `dudi` command: train, evaluate, verbalize, cache-teacher, report, demo.
+"""The `dudi` command: train, evaluate, verbalize, respond, cache-teacher, report,
+demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -63,6 +64,20 @@ class CacheArguments:
 
 
 @dataclass(kw_only=True)
+class RespondArguments:
+    output: str = _option("The JSON-lines file to write: a dataset for `dudi train`.")
+    samples: int = _option("Responses for each prompt; equal ones are kept once.", 1)
+    sampling_temperature: float = _option("Temperature they are drawn at; 0 is greedy.", 0.7)
+    sampling_top_p: float = _option("Nucleus sampling, in (0, 1].", 1.0)
+    sampling_top_k: int = _option("Sample among the k likeliest tokens; 0 is all of them.", 0)
+    keep_truncated: bool = _option("Keep what max_completion_length has cut.", False)
+    batch_size: int = _option("Prompts at a time; another one draws other samples.", 16)
+    shard: str = _option(
+        "i/n: do the i-th of n parts; whoever ends last puts them together.", "1/1"
+    )
+
+
+@dataclass(kw_only=True)
 class ReportArguments:
     run_dir: str = _option("Folder of a run, or of a demo.")
     output: str | None = _option("The HTML file; by default report.html in the folder.", None)
@@ -123,7 +138,11 @@ def _with_recipe(
     config_file, overrides = _split_config(words)
     own = field_types(cls)
     options = (defaults or {}) | read_options(config_file, overrides, own)
-    values = vars(cls(**checked({n: options.pop(n) for n in own if n in options}, own)))
+    given = checked({n: options.pop(n) for n in own if n in options}, own)
+    for f in dataclasses.fields(cls):
+        if f.default is dataclasses.MISSING and f.name not in given:
+            raise ValueError(f"--{f.name} must be given")
+    values = vars(cls(**given))
     return (values, *from_options(options))
 
 
@@ -141,6 +160,22 @@ def cache_teacher(words: list[str], console: Console) -> None:
     from dudi.caching import run_caching
 
     run_caching(script, config, **own, console=console)
+
+
+def respond(words: list[str], console: Console) -> None:
+    own, script, config = _with_recipe(RespondArguments, words, {"output_dir": "runs/respond"})
+    from dudi.respond import Sampling, run_responding
+
+    output, shard, batch_size = (own.pop(name) for name in ("output", "shard", "batch_size"))
+    run_responding(
+        script,
+        config,
+        output,
+        Sampling.of(config, **own),
+        batch_size=batch_size,
+        shard=shard,
+        console=console,
+    )
 
 
 def report(words: list[str], console: Console) -> None:
@@ -289,6 +324,12 @@ COMMANDS = {
         shows_with_recipe(VerbalizeArguments),
         "dudi verbalize --config recipe.yaml [--rows N] [--name value ...]",
         "Show what the teacher reads and says, and what the student learns from it.",
+    ),
+    "respond": Command(
+        respond,
+        shows_with_recipe(RespondArguments),
+        "dudi respond --config recipe.yaml --output FILE.jsonl [--name value ...]",
+        "Let the teacher write the responses of a dataset; made in parts, and resumed.",
     ),
     "cache-teacher": Command(
         cache_teacher,

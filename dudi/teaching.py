@@ -9,7 +9,7 @@ is less sure of the given response than the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -271,15 +271,18 @@ class Teaching:
 # ---- what is checked before a run ----------------------------------------------------------------
 
 
+def wants_verbalizer(args: DuDiConfig, columns: Collection[str]) -> bool:
+    if args.context_verbalizer is not None:
+        return args.context_verbalizer
+    return "language" in columns and not set(CONTEXT_FIELDS).isdisjoint(columns)
+
+
 def context_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
     """What a run's teacher reads is made with; None where it reads the student's prompt."""
     columns = set(getattr(dataset, "column_names", None) or ())
-    wanted = args.context_verbalizer
-    if wanted is None:
-        wanted = "language" in columns and bool(columns & set(CONTEXT_FIELDS))
     if not args.needs_teacher:
         return None
-    if not wanted:
+    if not wants_verbalizer(args, columns):
         if args.needs_plain_teacher:
             raise ValueError(
                 "verbalized_share < 1 and confidence_gating > 0 need the context verbalizer: "
