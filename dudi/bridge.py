@@ -10,19 +10,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import torch
 
 from dudi.lexicon import lexicon_verbalizer, read_lexicon
-from dudi.models import load_tokenizer
+from dudi.models import load_tokenizer, looks_like_a_path
 from dudi.pairing import Pairing
 from dudi.signals import vocab_size
 from dudi_kernels import Verbalizer
+
+# One of them lies beside a model that was saved with its tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 class Bridge(NamedTuple):
     tokenizer: Any  # the teacher's
     pairing: Pairing | None = None  # None: one tokenizer, and row i pairs with row i
     verbalizer: Verbalizer | None = None  # None: token i is token i
+
+    def to(self, device: torch.device) -> Bridge:
+        """With the map on a device; itself where it is there already."""
+        v = self.verbalizer
+        if v is None or v.device == device:
+            return self
+        return self._replace(verbalizer=v.to(device))
 
     @property
     def maps_tokens(self) -> bool:
@@ -107,20 +121,22 @@ def build_bridge(
             own,
             student_tokenizer,
             base=Verbalizer.identity(sizes[1]) if found is None else found,
-            kind=settings.lexicon_kind,  # type: ignore[arg-type]  # the config checks it
+            kind=cast(Any, settings.lexicon_kind),  # the config checks it
             share=settings.lexicon_share,
         )
     return Bridge(own, pairing, found)
 
 
 def _saved_with(teacher: Any, student_tokenizer: Any, sizes: tuple[int, int]) -> Any:
-    """The tokenizer that lies beside the teacher, else the student's."""
+    """The tokenizer that lies beside the teacher; the student's where none does."""
     name = getattr(teacher.config, "_name_or_path", "")
-    try:
-        if name:
-            return load_tokenizer(name, "the teacher's tokenizer")
-    except ValueError:
-        pass  # a model alone
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        there = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    else:
+        there = bool(name) and not looks_like_a_path(name)  # on the Hub
+    if name and there:
+        return load_tokenizer(name, "the teacher's tokenizer")
     if sizes[0] != sizes[1]:
         raise ValueError(
             "teacher_tokenizer_name_or_path must be given: the teacher comes without a tokenizer, "
@@ -168,6 +184,6 @@ def _between(
         student,
         teacher_size=sizes[0],
         student_size=sizes[1],
-        unmatched=settings.unmatched,  # type: ignore[arg-type]  # the config checks it
+        unmatched=cast(Any, settings.unmatched),
         cache_dir=None if folder is None else Path(folder).expanduser(),
     )

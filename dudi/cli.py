@@ -41,6 +41,10 @@ class EvaluateArguments:
     split: str | None = _option("By default test; of a single file, all of it.", None)
     teacher_model_name_or_path: str | None = _option("Measure the KL from this teacher too.", None)
     teacher_tokenizer_name_or_path: str | None = _option("By default the teacher's own.", None)
+    vocabulary_verbalizer: str | None = _option(
+        "A run's verbalizer.safetensors; by default the map is made of the tokenizers.", None
+    )
+    chat_template_kwargs: dict[str, Any] | None = _option("Switches of both chat templates.", None)
     tokenizer_name_or_path: str | None = _option("By default the model's.", None)
     batch_size: int = _option("Rows at a time.", 16)
     max_prompt_length: int | None = _option("Tokens of a prompt at most; null is no limit.", 512)
@@ -148,7 +152,7 @@ def _with_recipe(
 
 def verbalize(words: list[str], console: Console) -> None:
     shown, script, config = _with_recipe(
-        VerbalizeArguments, words, {"output_dir": "runs/verbalize"}
+        VerbalizeArguments, words, {"output_dir": "none is written"}
     )
     from dudi.inspection import run_inspection
 
@@ -163,7 +167,7 @@ def cache_teacher(words: list[str], console: Console) -> None:
 
 
 def respond(words: list[str], console: Console) -> None:
-    own, script, config = _with_recipe(RespondArguments, words, {"output_dir": "runs/respond"})
+    own, script, config = _with_recipe(RespondArguments, words, {"output_dir": "none is written"})
     from dudi.respond import Sampling, run_responding
 
     output, shard, batch_size = (own.pop(name) for name in ("output", "shard", "batch_size"))
@@ -220,7 +224,9 @@ TRAIN_GROUPS = {
     "Signals": (
         "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
         "off_policy_divergence", "on_policy_divergence", "beta", "alpha", "temperature",
-        "preference_beta", "preference_length_power", "reference", "reference_sync_steps",
+        "preference_loss", "preference_beta", "preference_margin", "preference_length_power",
+        "reference", "reference_sync_steps", "reference_dtype", "reference_on_cpu",
+        "weight_schedules",
     ),
     "Context verbalizer": ("context_verbalizer", "verbalizer_templates", "verbalizer_chain"),
     "Refinement of the teacher": (
@@ -232,12 +238,15 @@ TRAIN_GROUPS = {
         "lexicon_kind", "lexicon_share",
     ),
     "Sampling": (
-        "rollout_temperature", "top_p", "top_k", "log_completions", "num_completions_to_print",
+        "num_generations", "rollout_temperature", "top_p", "top_k", "stop_strings",
+        "generation_kwargs", "rollout_steps", "rollout_importance", "rollout_batch_size",
+        "log_completions", "num_completions_to_print",
     ),
     "Adapter": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "Optimisation": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
+        "padding_free",
         "memory_budget", "gradient_tolerance",
     ),
     "Run": (

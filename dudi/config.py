@@ -24,16 +24,26 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from dudi.schedules import Schedule
 from dudi_kernels import DIVERGENCES
+from dudi_kernels.preference import PREFERENCES
 from dudi_kernels.verbalizer import UNMATCHED
 
 BEST_METRICS = ("loss", "nll_per_char", "nll_per_token", "kl_to_teacher")
 REFERENCES = ("initial", "lagged", "teacher", "none")
+REFERENCE_DTYPES = ("float32", "bfloat16", "float16")
+# Of transformers.GenerationConfig, what may be set beside the options of our own.
+GENERATION_OPTIONS = (
+    "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "suppress_tokens",
+    "begin_suppress_tokens", "renormalize_logits", "cache_implementation",
+)  # fmt: skip
 OVERLONG = ("truncate", "drop")
 LEXICON_KINDS = ("lexicon", "concepts")
 COUNTS = (
     "reference_sync_steps", "max_prompt_length", "max_completion_length",
-    "max_teacher_prompt_length", "memory_budget",
+    "max_teacher_prompt_length", "memory_budget", "num_generations", "rollout_steps",
+    "rollout_batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "save_total_limit",
 )  # fmt: skip
@@ -139,7 +149,13 @@ class DuDiConfig(TrainingArguments):
     )
     alpha: float = _field(0.1, "Skew of skew_forward_kl and skew_reverse_kl, in (0, 1).")
     temperature: float = _field(1.0, "Temperature of both distributions in the divergences.")
+    preference_loss: str = _field(
+        "sigmoid", f"What a pair's difference of scores costs: {', '.join(PREFERENCES)}."
+    )
     preference_beta: float = _field(0.1, "Factor on the difference of scores in the preference.")
+    preference_margin: float = _field(
+        0.0, "How far y+ shall be ahead, after that factor; with reference: none above all."
+    )
     preference_length_power: int = _field(
         0, "The a in r(y) = (log pi - log pi_ref) / |y|^a: 0 sums, 1 averages over tokens."
     )
@@ -149,13 +165,45 @@ class DuDiConfig(TrainingArguments):
         "every reference_sync_steps), teacher, none.",
     )
     reference_sync_steps: int = _field(100, "Optimizer steps between refreshes of lagged.")
+    reference_dtype: str | None = _field(
+        None, f"What a copy is kept in: {', '.join(REFERENCE_DTYPES)}; by default the student's."
+    )
+    reference_on_cpu: bool = _field(False, "Keep a copy in the CPU's memory between its uses.")
+    weight_schedules: dict[str, dict[str, Any]] | None = _field(
+        None,
+        "How weights change: {on_policy_weight: {kind: warmup, steps: 200}}; kinds are constant, "
+        "linear (to a factor of `end`) and warmup, over `steps` or the whole run.",
+    )
 
     # samples
+    num_generations: int = _field(1, "Samples of each prompt, each a pair with y+.")
+    rollout_steps: int = _field(
+        1, "Draw samples for so many optimizer steps at once, by the policy of the first of them."
+    )
+    rollout_importance: bool = _field(
+        False,
+        "Weigh the divergence of each row of a sample that an older policy drew by min(1, p / "
+        "p_then) of its token.",
+    )
+    rollout_batch_size: int | None = _field(
+        None, "Sequences that are drawn together; by default those of a micro-batch."
+    )
     rollout_temperature: float = _field(1.0, "Temperature the samples y- are drawn at.")
     top_p: float = _field(1.0, "Nucleus sampling: smallest set of tokens of this mass, in (0, 1].")
     top_k: int = _field(0, "Sample among the k likeliest tokens; 0 is all of them.")
+    stop_strings: list[str] | None = _field(None, "A sample ends with the first of them, too.")
+    generation_kwargs: dict[str, Any] | None = _field(
+        None, "More of transformers.GenerationConfig: min_p, repetition_penalty and the like."
+    )
     log_completions: bool = _field(False, "Print samples at each log event.")
     num_completions_to_print: int = _field(4, "How many of them.")
+
+    # bodies
+    padding_free: bool = _field(
+        False,
+        "Bodies read a micro-batch's sequences one after another, without padding (attention: "
+        "flash_attention_2, or sdpa where sequences are short).",
+    )
 
     # data
     max_prompt_length: int | None = _field(512, "Tokens of a prompt at most; None is no limit.")
@@ -271,6 +319,17 @@ class DuDiConfig(TrainingArguments):
         return self.off_policy_weight > 0 or self.on_policy_weight > 0 or scored
 
     @property
+    def weighs_rollouts(self) -> bool:
+        """Whether log-probabilities are kept of the policy that drew a sample."""
+        return self.rollout_importance and self.rollout_steps > 1 and self.on_policy_weight > 0
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """By the name of the weight."""
+        given = self.weight_schedules or {}
+        return {name: Schedule.of(name, schedule) for name, schedule in given.items()}
+
+    @property
     def needs_given(self) -> bool:
         """Whether any signal reads the given responses y+."""
         return self.off_policy_weight > 0 or self.ce_weight > 0 or self.preference_weight > 0
@@ -332,6 +391,13 @@ class DuDiConfig(TrainingArguments):
                 f"preference_length_power must be 0 or 1, got {self.preference_length_power}"
             )
         _one_of("reference", self.reference, REFERENCES)
+        _one_of("preference_loss", self.preference_loss, PREFERENCES)
+        if self.reference_dtype is not None:
+            _one_of("reference_dtype", self.reference_dtype, REFERENCE_DTYPES)
+        for option in self.generation_kwargs or {}:
+            _one_of("generation_kwargs", option, GENERATION_OPTIONS)
+        if self.stop_strings is not None and not all(self.stop_strings):
+            raise ValueError(f"stop_strings must not be empty, got {self.stop_strings!r}")
         _one_of("overlong", self.overlong, OVERLONG)
         _one_of("unmatched", self.unmatched, UNMATCHED)
         _one_of("lexicon_kind", self.lexicon_kind, LEXICON_KINDS)
@@ -353,6 +419,16 @@ class DuDiConfig(TrainingArguments):
             raise ValueError(
                 f"teacher_top_p must be 1 with reference='teacher', got {self.teacher_top_p}: a "
                 "teacher that is cut short has no probability for some responses"
+            )
+        for name in self.schedules:
+            _one_of("weight_schedules", name, WEIGHTS)
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive where it has a schedule, got 0")
+        longest = self.max_completion_length
+        if longest is not None and self.teacher_skip_tokens >= longest:
+            raise ValueError(
+                f"teacher_skip_tokens must be less than max_completion_length={longest}, got "
+                f"{self.teacher_skip_tokens}: the teacher would say nothing"
             )
         if self.needs_samples and self.max_completion_length is None:
             raise ValueError("max_completion_length must be a number where samples are drawn")
@@ -532,10 +608,11 @@ def parse(config_file: str | None, overrides: list[str]) -> tuple[ScriptArgument
 def read_options(
     config_file: str | None, overrides: list[str], more: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The options of a recipe file and of words, unchecked; `more`: types of a command's own."""
+    """The options of a recipe file and of words, their names and types checked; `more`: types of a
+    command's own."""
     options = read_config_file(config_file) if config_file else {}
     wanted = field_types(ScriptArguments) | field_types(DuDiConfig) | (more or {})
-    return options | read_words(overrides, wanted)
+    return checked(options | read_words(overrides, wanted), wanted)
 
 
 def from_options(options: dict[str, Any]) -> tuple[ScriptArguments, DuDiConfig]:

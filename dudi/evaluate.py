@@ -88,14 +88,13 @@ def _row_scores(
         seen = _tensors(rows, "plain_prompt_ids")
         lesson = make_lesson(responses, (0,), seen, None, bridge.pairing, pad)
         guide = teach(teacher, lesson, len(hidden), device)
-        v = bridge.verbalizer
         values = linear_distill_loss(
             hidden,
             head,
             guide.hidden,
             guide.head,
             targets=packed.targets,
-            verbalizer=None if v is None else v.to(device),
+            verbalizer=bridge.verbalizer,
         )
         taught = taught if guide.weight is None else guide.weight
         nll, kl = -values.log_prob, torch.where(taught > 0, values.divergence, 0)
@@ -299,6 +298,7 @@ def evaluate_model(
     rows = list(dataset)
     bridge = Bridge(tokenizer) if bridge is None else bridge
     _check(model, teacher, bridge, rows, batch_size, generate_rows)
+    bridge = bridge.to(next(model.parameters()).device)
     chosen = _first_rows(rows, generate_rows) if generate else []
     tell = _counter(len(rows) + len(chosen), progress)
     with inference_mode_of(model), inference_mode_of(model if teacher is None else teacher):
@@ -342,6 +342,8 @@ def run_evaluation(
     *,
     teacher_model_name_or_path: str | None = None,
     teacher_tokenizer_name_or_path: str | None = None,
+    vocabulary_verbalizer: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     dataset_config: str | None = None,
     split: str | None = None,
     tokenizer_name_or_path: str | None = None,
@@ -373,12 +375,13 @@ def run_evaluation(
     if teacher_model_name_or_path:
         teacher = _load(teacher_model_name_or_path, "teacher_model_name_or_path")
         own = teacher_tokenizer_name_or_path
-        bridge = build_bridge(model, teacher, tokenizer, own, MapSettings())
+        bridge = build_bridge(model, teacher, tokenizer, own, MapSettings(vocabulary_verbalizer))
     dataset, _ = prepare_dataset(
         data,
         tokenizer,
         teacher_tokenizer=bridge.tokenizer,
         pairing=bridge.pairing,
+        chat_template_kwargs=chat_template_kwargs,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
         split_name="evaluation",

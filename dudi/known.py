@@ -43,7 +43,7 @@ class KnownStates(KnownTeacher):
     def head(self) -> LMHead:
         raise NotImplementedError
 
-    def hidden(self, packed: Packed) -> Tensor:  # (N, E)
+    def hidden(self, packed: Packed, padding_free: bool = False) -> Tensor:  # (N, E)
         raise NotImplementedError
 
 

@@ -200,6 +200,8 @@ def facts(found: Collected) -> list[tuple[str, str]]:
         told.append((f"Data, {split}", ", ".join(parts)))
     if "seed" in found.summary:
         told.append(("Seed", str(found.summary["seed"])))
+    if isinstance(vocabulary := info.get("vocabulary"), dict):
+        told.append(("Vocabularies", str(vocabulary.get("map"))))
     told.append(("Folder", str(found.folder)))
     return told
 

@@ -7,7 +7,7 @@ a resumed run draws what an uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+FINISH_REASONS = ("eos", "length", "stop")
+
 
 class Rollout(NamedTuple):
     completions: list[Tensor]  # B of (R_i,), on the CPU, eos included where it was reached
-    finish_reasons: list[str]  # "eos" or "length"
+    finish_reasons: list[str]  # of FINISH_REASONS
     finite: bool = True  # False where a token was drawn from logits with NaN or infinity
 
 
@@ -82,6 +84,22 @@ def cut_at_eos(tokens: Tensor, eos: set[int]) -> tuple[Tensor, str]:
     return tokens, "length"
 
 
+def cut_at_stop(tokens: Tensor, stops: Sequence[str], tokenizer: Any) -> Tensor | None:
+    """Up to the token that completes the first stop string, or None without one."""
+    text = tokenizer.decode(tokens)
+    if not any(stop in text for stop in stops):
+        return None
+    low, high = 1, len(tokens)  # the shortest that has one
+    while low < high:
+        middle = (low + high) // 2
+        begun = tokenizer.decode(tokens[:middle])
+        if any(stop in begun for stop in stops):
+            high = middle
+        else:
+            low = middle + 1
+    return tokens[:low]
+
+
 def generate(
     model: Any,
     prompts: Sequence[Tensor],  # B of (P_i,)
@@ -93,6 +111,9 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
+    stop_strings: Sequence[str] | None = None,  # a completion ends with the first of them, too
+    tokenizer: Any = None,  # where there are any
+    options: Mapping[str, Any] | None = None,  # more of transformers.GenerationConfig
 ) -> Rollout:
     """Draw one completion for each prompt from `model` (a transformers causal LM or PEFT model)."""
     device = next(model.parameters()).device
@@ -105,8 +126,9 @@ def generate(
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
         use_cache=True,
-        **sampling,
+        **{**sampling, **(options or {})},
     )
+    stops = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
     check = _Finite()
     with inference_mode_of(model), seeded(seed, device):
         output = model.generate(
@@ -114,8 +136,15 @@ def generate(
             attention_mask=mask.to(device),
             generation_config=config,
             logits_processor=LogitsProcessorList([check]),
+            **stops,
         )
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    rows = output[:, ids.shape[1] :].cpu()
-    completions, reasons = zip(*(cut_at_eos(row, eos) for row in rows), strict=True)
-    return Rollout(list(completions), list(reasons), check.finite)
+    completions, reasons = [], []
+    for row in output[:, ids.shape[1] :].cpu():
+        completion, reason = cut_at_eos(row, eos)
+        stopped = cut_at_stop(completion, stop_strings, tokenizer) if stop_strings else None
+        if stopped is not None:
+            completion, reason = stopped, "stop"
+        completions.append(completion)
+        reasons.append(reason)
+    return Rollout(completions, reasons, check.finite)

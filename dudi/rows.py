@@ -199,7 +199,7 @@ def _conversation_ids(reader: Reader, example: Example) -> tuple[list[int], list
     assert example.prompt_messages is not None and example.completion_message is not None
     before = reader.chat_text(example.prompt_messages, True)
     whole = reader.chat_text([*example.prompt_messages, example.completion_message], False)
-    _check_response(example.completion, whole)
+    _check_response(example.completion, whole.removeprefix(before))
     prompt, everything = reader.ids(before), reader.ids(whole)
     if everything[: len(prompt)] == prompt:
         return prompt, everything[len(prompt) :]
@@ -253,18 +253,23 @@ class TeacherPrompts:
         """What the student reads."""
         example = Example.of(row)
         messages = example.prompt_messages
-        if messages is None:
-            return self.reader.shortened(self.reader.text_prompt(example.prompt), None)
-        return self.reader.shortened(self.reader.chat_prompt(messages), messages)
+        if messages is not None:
+            return self._prompt(self.reader.chat_prompt(messages), messages)
+        return self._prompt(self.reader.text_prompt(example.prompt), None)
 
     def verbalized(self, row: Row, student_completion: str) -> Prompt:
         """The verbalizer's turns in place of the last user turn; plain without a verbalizer."""
         if self.verbalizer is None:
             return self.plain(row)
         messages = self.messages(row, student_completion)
-        ids = self.reader.chat_prompt(messages)
+        return self._prompt(self.reader.chat_prompt(messages), messages)
+
+    def _prompt(self, ids: list[int], messages: Sequence[Mapping[str, Any]] | None) -> Prompt:
         if not ids:
-            raise ValueError(f"the verbalizer's prompt must give a token, got {messages!r}")
+            raise ValueError(
+                "prompt must give at least one token of the teacher's, got an empty prompt and a "
+                "tokenizer without a beginning-of-sequence token"
+            )
         return self.reader.shortened(ids, messages)
 
     def messages(self, row: Row, student_completion: str) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Packed(NamedTuple):
         return Packed(groups, *(t.to(device) for t in self[1:]))
 
 
+PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of rounding
 MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
 
 
@@ -90,19 +91,50 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def response_hidden(model: nn.Module, packed: Packed) -> Tensor:
-    """Final hidden states (N, D) of the rows that predict response tokens."""
+def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False) -> Tensor:
+    """Final hidden states (N, D) of the rows that predict response tokens.
+
+    `padding_free`: the sequences of a group go one after another as a single one, without padding;
+    positions that begin anew tell the body where each begins.
+    """
     if isinstance(model, KnownStates):
-        return model.hidden(packed)
+        return model.hidden(packed, padding_free)
     lm = causal_lm(model)
     body = lm.base_model
     if body is lm:
         raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
     rows = []
     for ids, attention_mask, row_mask in packed.groups:
-        output = body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-        rows.append(output.last_hidden_state[row_mask])
+        if padding_free:
+            there = attention_mask.bool()
+            positions = (attention_mask.cumsum(1) - 1)[there]
+            output = body(input_ids=ids[there][None], position_ids=positions[None], use_cache=False)
+            rows.append(output.last_hidden_state[0, row_mask[there]])
+        else:
+            output = body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            rows.append(output.last_hidden_state[row_mask])
     return torch.cat(rows)[packed.order]
+
+
+@torch.no_grad()
+def check_padding_free(model: Any, who: str) -> None:
+    """Raise ValueError where tokens see more than their own sequence: bodies differ in what they
+    make of positions that begin anew."""
+    device = next(model.parameters()).device
+    ids = torch.arange(2, 12)
+    packed = pack([ids[:3], ids[:4]], [ids[3:8], ids[4:]], 0).to(device)
+    training = model.training
+    model.eval()
+    try:
+        apart, together = (response_hidden(model, packed, free) for free in (False, True))
+    finally:
+        model.train(training)
+    error = (together - apart).float().norm() / apart.float().norm()
+    if not float(error) < PADDING_ERROR[apart.dtype]:
+        raise ValueError(
+            f"padding_free must be false: the {who}'s body ({type(model).__name__}, attention "
+            f"{model.config._attn_implementation}) mixes sequences that are packed without padding"
+        )
 
 
 def lm_head(model: nn.Module) -> LMHead:

@@ -160,7 +160,7 @@ class CachedStates(KnownStates):
             return lm_head(self.live)
         return LMHead(self.weight, self.bias, self.about.softcap, self.about.scale)
 
-    def hidden(self, packed: Packed) -> Tensor:
+    def hidden(self, packed: Packed, padding_free: bool = False) -> Tensor:
         """(N, E) final hidden states of the rows that predict response tokens, in the head's
         dtype."""
         asked = [Entry(*sequence) for sequence in sequences(packed) if sequence.response]
@@ -173,29 +173,33 @@ class CachedStates(KnownStates):
             if key in self.shards
         }
         if absent:
-            states |= zip(absent, self._live([asked[i] for i in absent]), strict=True)
+            found = self._live([asked[i] for i in absent], padding_free)
+            states |= zip(absent, found, strict=True)
         none = weight.new_zeros(0, weight.shape[1])
         return torch.cat([none, *(states[i] for i in range(len(asked)))])[packed.order]
 
-    def _live(self, asked: list[Entry]) -> Sequence[Tensor]:
+    def _live(self, asked: list[Entry], padding_free: bool) -> Sequence[Tensor]:
         if self.live is None:
             raise ValueError(
                 f"{self.what} lacks {len(asked)} of the sequences that it is asked about: run "
                 "`dudi cache-teacher` again with this recipe"
             )
-        return states_of(self.live, asked, self.head.weight.device)
+        return states_of(self.live, asked, self.head.weight.device, padding_free)
 
     def missing(self, asked: Iterable[Entry]) -> list[Entry]:
         return [entry for entry in asked if entry.key(self.about.identity) not in self.shards]
 
 
-def states_of(model: Any, asked: Sequence[Entry], device: torch.device) -> Sequence[Tensor]:
+def states_of(
+    model: Any, asked: Sequence[Entry], device: torch.device, padding_free: bool = False
+) -> Sequence[Tensor]:
     """Final hidden states of each response, from a forward pass."""
     prompts, responses = (
         [torch.tensor(ids, dtype=torch.long) for ids in part] for part in zip(*asked, strict=True)
     )
     packed = pack(prompts, responses, 0)  # what pads is masked
-    return response_hidden(model, packed.to(device)).split([len(r) for r in responses])
+    hidden = response_hidden(model, packed.to(device), padding_free)
+    return hidden.split([len(r) for r in responses])
 
 
 # ---- in a run ------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ from dudi.bridge import Bridge
 from dudi.config import DuDiConfig
 from dudi.meter import Meter
 from dudi.pairing import Pairing
-from dudi.rollout import Rollout
 from dudi.rows import Reader, TeacherPrompts
 from dudi.signals import Packed, lm_head, pack, response_hidden
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
 from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
 
+TINY = 1e-12  # no 0 / 0
 UNPAIRED_SEEN = 256  # responses before a share of them that don't pair says anything
 
 
@@ -34,7 +34,21 @@ class Responses(NamedTuple):
 
     ids: list[Tensor]  # in the student's tokens
     prompts: list[int]  # which prompt each belongs to
-    segments: list[int]  # 2 i for y+ of pair i, 2 i + 1 for y-
+    segments: list[int]  # group i for y+ of prompt i, then its y-
+    group: int = 2  # sequences of a prompt
+
+    def sides(self, wanted: Sequence[int]) -> list[int]:
+        """Which of the responses are y+ (0) or y- (1)."""
+        return [i for i, s in enumerate(self.segments) if int(s % self.group > 0) in wanted]
+
+    @property
+    def samples(self) -> list[int]:
+        """Which sample of the micro-batch each is; of y+, the first of its prompt."""
+        each = self.group - 1
+        return [
+            p * each + max(s % self.group - 1, 0)
+            for p, s in zip(self.prompts, self.segments, strict=True)
+        ]
 
     @property
     def starts(self) -> list[int]:
@@ -53,17 +67,13 @@ class Lesson(NamedTuple):
     teacher_rows: Tensor  # (P,) and which one that is
     weight: Tensor | None  # (N,) of each row's divergence; None: all rows are taught alike
     differs: int  # responses whose bytes the teacher's tokenizer changes
-
-    @property
-    def whole(self) -> bool:
-        """Whether the teacher's rows are the student's as they come."""
-        return self.weight is None
+    whole: bool  # whether the teacher's rows are the student's as they come
+    group: int  # sequences of a prompt
 
     def taught(self, segment_ids: Tensor) -> Tensor:  # (2,)
         """How many rows of y+, and of y-, the divergence is of."""
-        if self.weight is None:
-            return torch.bincount(segment_ids % 2, minlength=2).float()
-        return torch.bincount(segment_ids % 2, self.weight, minlength=2).float()
+        sides = (segment_ids % self.group > 0).long()
+        return torch.bincount(sides, self.weight, minlength=2).float()
 
 
 class Taught(NamedTuple):
@@ -71,30 +81,32 @@ class Taught(NamedTuple):
     head: LMHead
     weight: Tensor | None  # (N,)
     gate: Tensor | None  # (M,) of the teacher's rows of y+
+    shift: Tensor | None  # (T,) how far the verbalized prompt moves the plain one's hidden states
 
 
 def make_lesson(
     responses: Responses,
     sides: Sequence[int],  # which of y+ (0) and y- (1) the teacher scores
-    seen: Sequence[Tensor],  # a prompt's verbalized ids
-    plain: Sequence[Tensor] | None,  # and its plain ones, where they are compared
+    seen: Sequence[Tensor],  # the verbalized ids of each prompt, or of each sample
+    plain: Sequence[Tensor] | None,  # the plain ones of each prompt, where they are compared
     pairing: Pairing | None,
     pad_token_id: int,
     skip_tokens: int = 0,
+    places: Sequence[int] | None = None,  # of each response in `seen`; None: its prompt's
 ) -> Lesson:
-    scored = [i for i, segment in enumerate(responses.segments) if segment % 2 in sides]
+    scored = responses.sides(sides)
     own = [responses.ids[i] for i in scored]
     texts, rows, others, differs = _paired(own, pairing)
     segments = [responses.segments[i] for i in scored]
     packed = [
-        pack([prompts[responses.prompts[i]] for i in scored], texts, pad_token_id, segments)
-        for prompts in (seen, plain)
+        pack([prompts[of[i]] for i in scored], texts, pad_token_id, segments)
+        for prompts, of in ((seen, places or responses.prompts), (plain, responses.prompts))
         if prompts is not None
     ]
     starts = [responses.starts[i] for i in scored]
     student_rows = _joined([r + start for r, start in zip(rows, starts, strict=True)])
-    places = [0, *accumulate(map(len, texts))]
-    teacher_rows = _joined([r + place for r, place in zip(others, places, strict=False)])
+    begins = [0, *accumulate(map(len, texts))]
+    teacher_rows = _joined([r + begin for r, begin in zip(others, begins, strict=False)])
     weight = None
     if skip_tokens or len(student_rows) < responses.rows:
         weight = torch.zeros(responses.rows)
@@ -107,6 +119,8 @@ def make_lesson(
         teacher_rows,
         weight,
         differs,
+        len(student_rows) == responses.rows == begins[-1],
+        responses.group,
     )
 
 
@@ -135,17 +149,19 @@ def teach(
     device: torch.device,
     verbalized_share: float = 1.0,
     confidence_gating: float = 0.0,
+    padding_free: bool = False,
     **options: Any,  # of linear_log_prob
 ) -> Taught:
     """Hidden states for the student's rows, and the weights of their divergences."""
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
-    hidden = response_hidden(teacher, seen)
-    gate = None
+    hidden = response_hidden(teacher, seen, padding_free)
+    gate = shift = None
     if lesson.plain is not None:
-        plain = response_hidden(teacher, lesson.plain.to(device))
+        plain = response_hidden(teacher, lesson.plain.to(device), padding_free)
+        shift = (hidden - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
         if confidence_gating:
-            given = seen.segment_ids % 2 == 0
+            given = seen.segment_ids % lesson.group == 0
             verbalized_says, plain_says = (
                 linear_log_prob(states[given], head, seen.targets[given], **options)
                 for states in (hidden, plain)
@@ -162,7 +178,7 @@ def teach(
     if not lesson.whole:
         whole = hidden.new_zeros(rows, hidden.shape[1])
         hidden = whole.index_copy_(0, student_rows, hidden[teacher_rows])
-    return Taught(hidden, head, weight, gate)
+    return Taught(hidden, head, weight, gate, shift)
 
 
 def confidence(verbalized: Tensor, plain: Tensor, power: float) -> Tensor:
@@ -197,11 +213,11 @@ class Teaching:
         rows: Sequence[int],  # of the dataset
         seen: Sequence[Tensor],
         plain: Sequence[Tensor],
-        rollout: Rollout | None,
+        completions: Sequence[Tensor],  # the samples, those of one prompt together
     ) -> Lesson:
-        if self.verbalizer is not None and self.verbalizer.reads_samples:
-            assert rollout is not None
-            seen = self.prompts_with(rows, rollout)
+        shows_samples = self.verbalizer is not None and self.verbalizer.reads_samples
+        if shows_samples:
+            seen = self.prompts_with(rows, completions)
         lesson = make_lesson(
             responses,
             self.args.taught_sides,
@@ -210,23 +226,23 @@ class Teaching:
             self.bridge.pairing,
             self.tokenizer.pad_token_id,
             self.args.teacher_skip_tokens,
+            responses.samples if shows_samples else None,
         )
         if self.bridge.pairing is not None:
             self._count_pairs(lesson, responses)
         return lesson
 
-    def prompts_with(self, rows: Sequence[int], rollout: Rollout) -> list[Tensor]:
-        """Prompts that show what the student has just written."""
-        decode = self.tokenizer.decode
-        texts = (decode(c, skip_special_tokens=True) for c in rollout.completions)
+    def prompts_with(self, rows: Sequence[int], completions: Sequence[Tensor]) -> list[Tensor]:
+        """Prompts that show what the student has just written, sample by sample."""
+        each = len(completions) // len(rows)
+        texts = [self.tokenizer.decode(c, skip_special_tokens=True) for c in completions]
         return [
-            torch.tensor(self.prompts.verbalized(self.dataset[row], text).ids)
-            for row, text in zip(rows, texts, strict=True)
+            torch.tensor(self.prompts.verbalized(self.dataset[rows[i // each]], text).ids)
+            for i, text in enumerate(texts)
         ]
 
     def _count_pairs(self, lesson: Lesson, responses: Responses) -> None:
-        scored = [s % 2 in self.args.taught_sides for s in responses.segments]
-        lengths = [len(c) for c, own in zip(responses.ids, scored, strict=True) if own]
+        lengths = [len(responses.ids[i]) for i in responses.sides(self.args.taught_sides)]
         self.meter.add("paired_rows", len(lesson.student_rows), sum(lengths))
         self.meter.add("unpaired_responses", lesson.differs, len(lengths))
         self.unpaired += torch.tensor([lesson.differs, len(lengths)])
@@ -246,25 +262,27 @@ class Teaching:
             device,
             a.verbalized_share,
             a.confidence_gating,
+            a.padding_free,
             memory_budget=a.memory_budget,
         )
+        if taught.shift is not None:
+            self.meter.add("verbalizer_shift", taught.shift.sum(), len(taught.shift))
         if taught.gate is not None:
             self.meter.add("confidence_gate", taught.gate.sum(), len(taught.gate))
         return taught
 
     def map_on(self, device: torch.device) -> Verbalizer | None:
         """The map between the vocabularies, moved once."""
-        found = self.bridge.verbalizer
-        if found is not None and found.device != device:
-            found = found.to(device)
-            self.bridge = self.bridge._replace(verbalizer=found)
-        return found
+        self.bridge = self.bridge.to(device)
+        return self.bridge.verbalizer
 
     def record(self, entropy: Tensor, lesson: Lesson, packed: Packed) -> None:
-        """How sure the teacher is of the rows that it teaches."""
+        """Of how many rows that pair the teacher says anything, and how sure it is of them."""
         rows = float(lesson.taught(packed.segment_ids.cpu()).sum())
         if lesson.weight is not None:
             entropy = entropy * lesson.weight.to(entropy.device)
+        if self.args.teacher_skip_tokens:
+            self.meter.add("taught_rows", rows, len(lesson.student_rows))
         self.meter.add("teacher_entropy", entropy.sum(), rows)
 
 
@@ -307,8 +325,6 @@ def signal_options(args: DuDiConfig) -> dict[str, Any]:
     """Of `linear_dudi_loss`, what the teacher's signals are."""
     off_divergence, on_divergence, beta = args.kd_divergences
     return {
-        "off_policy_weight": args.off_policy_weight,
-        "on_policy_weight": args.on_policy_weight,
         "off_policy_divergence": off_divergence,
         "on_policy_divergence": on_divergence,
         "beta": beta,
@@ -347,5 +363,7 @@ def check_signals(student: Any, teacher: Any, bridge: Bridge, args: DuDiConfig) 
         none,
         none,
         verbalizer=None if v is None else v.to(device),
+        off_policy_weight=args.off_policy_weight,
+        on_policy_weight=args.on_policy_weight,
         **signal_options(args),
     )

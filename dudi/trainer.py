@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -38,7 +39,7 @@ from dudi.checkpoints import (
     model_mismatches,
     run_mismatches,
 )
-from dudi.config import DuDiConfig, to_public_dict
+from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
 from dudi.known import KnownTeacher
@@ -52,9 +53,18 @@ from dudi.models import (
     load_tokenizer,
     refuse_adapter,
 )
-from dudi.reference import Reference
-from dudi.rollout import Rollout, generate
-from dudi.signals import Packed, causal_lm, lm_head, pack, redirected_forward, response_hidden
+from dudi.reference import KnownScores, make_reference
+from dudi.rollout import Rollout
+from dudi.sampling import Batch, Drawn, Sampling, unpad
+from dudi.signals import (
+    Packed,
+    causal_lm,
+    check_padding_free,
+    lm_head,
+    pack,
+    redirected_forward,
+    response_hidden,
+)
 from dudi.teacher_cache import check_complete, open_cache
 from dudi.teaching import (
     Lesson,
@@ -65,7 +75,7 @@ from dudi.teaching import (
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_dudi_loss, sequence_log_prob
+from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -75,7 +85,8 @@ class MicroBatch:
     student: Packed
     lesson: Lesson | None
     rows: list[int]  # the dataset rows in it
-    rollout: Rollout | None
+    responses: Responses
+    drawn: Drawn | None
     prompts: list[Tensor]
     counts: Tensor  # (5,) rows of y+, rows of y-, pairs; rows of y+ and of y- that are taught
     totals: Tensor  # (5,) the same over the global batch
@@ -154,6 +165,10 @@ class DuDiTrainer(Trainer):
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
+        if args.padding_free:
+            for who, own in (("student", student), ("teacher", teacher)):
+                if own is not None and not isinstance(own, KnownTeacher):
+                    check_padding_free(own, who)
         self.meter = Meter()
         self.teaching = Teaching(
             self.bridge, self.verbalizer, args, tokenizer, self.meter, train_dataset
@@ -179,8 +194,11 @@ class DuDiTrainer(Trainer):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        needs_copy = args.preference_weight > 0 and args.reference in ("initial", "lagged")
-        self.reference = Reference(self.model) if needs_copy else None
+        self.sampling = Sampling(args, tokenizer, self.meter, args.process_index)
+        self.schedules = args.schedules
+        scored = args.preference_weight > 0 and args.reference in ("initial", "lagged")
+        self.reference = make_reference(self.model, args) if scored else None
+        self.known_scores = KnownScores()
         self._step_rows: list[int] = []  # the dataset rows of this step
         self._earlier_loss = 0.0  # summed over the steps before this process's
         self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
@@ -256,8 +274,10 @@ class DuDiTrainer(Trainer):
             step = self.state.global_step
             if step > 0 and step % self.args.reference_sync_steps == 0:
                 self.reference.refresh(self.model)
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        micro = [self._micro_batch(batch, i) for i, batch in enumerate(batches)]
+        if not self.sampling.ahead:
+            self._look_ahead(epoch_iterator, num_batches, device)
+        batches, drawn = self.sampling.ahead.pop(0) if self.sampling.ahead else ([], [])
+        micro = [self._micro_batch(batch, own) for batch, own in zip(batches, drawn, strict=True)]
         if not micro:
             return [], None
         self._step_rows = [row for m in micro for row in m.rows]
@@ -269,75 +289,76 @@ class DuDiTrainer(Trainer):
         self._log_completions(micro[0])
         return [{"batch": m} for m in micro], int(totals[0])
 
-    def _micro_batch(self, batch: dict[str, Tensor], index: int) -> MicroBatch:
-        batch = {name: tensor.cpu() for name, tensor in batch.items()}
-        prompts, rows = _unpad(batch, "prompt"), batch["row"].tolist()
-        rollout = self._sample(prompts, index, rows) if self.args.needs_samples else None
-        responses = {0: _unpad(batch, "completion")} if self.args.needs_given else {}
-        if rollout is not None:
-            responses[1] = rollout.completions
-        order = [(i, side) for i in range(len(prompts)) for side in responses]
-        packed = Responses(
-            [responses[side][i] for i, side in order],
-            [i for i, _ in order],
-            [2 * i + side for i, side in order],
-        )
+    def _look_ahead(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> None:
+        """Take the batches of the steps to come and draw for them; an epoch's end ends them."""
+        step = self.state.global_step
+        steps: list[list[Batch]] = []
+        for _ in range(self.sampling.window(step, self.state.max_steps)):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not batches:
+                break
+            steps.append([{name: t.cpu() for name, t in batch.items()} for batch in batches])
+        model = self.accelerator.unwrap_model(self.model)
+        finite = self.sampling.fill(model, steps, step, self._score)
+        if self.args.needs_samples and steps:
+            rows = [row for own in steps for batch in own for row in batch["row"].tolist()]
+            what = "the student's logits are not finite in sampling"
+            self._require_finite(finite, what, rows)
+
+    def _micro_batch(self, batch: Batch, drawn: Drawn | None) -> MicroBatch:
+        prompts, rows = unpad(batch, "prompt"), batch["row"].tolist()
+        each = self.args.num_generations if drawn is not None else 1
+        given = unpad(batch, "completion") if self.args.needs_given else [None] * len(prompts)
+        samples = drawn.completions if drawn is not None else []
+        listed = [
+            (text, i, (1 + each) * i + k)
+            for i in range(len(prompts))
+            for k, text in enumerate([given[i], *samples[each * i : each * (i + 1)]])
+            if text is not None
+        ]
+        texts, of_prompt, segments = (list(part) for part in zip(*listed, strict=True))
+        packed = Responses(texts, of_prompt, segments, 1 + each)
         pad = self.processing_class.pad_token_id
         student = pack([prompts[i] for i in packed.prompts], packed.ids, pad, packed.segments)
         lesson = None
         if self.teacher is not None:
-            prompts_seen, plain = (_unpad(batch, n) for n in ("teacher_prompt", "plain_prompt"))
-            lesson = self.teaching.lesson(packed, rows, prompts_seen, plain, rollout)
-        rows_given, rows_drawn = (sum(map(len, responses.get(side, []))) for side in (0, 1))
+            prompts_seen, plain = (unpad(batch, n) for n in ("teacher_prompt", "plain_prompt"))
+            lesson = self.teaching.lesson(packed, rows, prompts_seen, plain, samples)
         taught = torch.zeros(2) if lesson is None else lesson.taught(student.segment_ids)
-        counts = torch.tensor([rows_given, rows_drawn, len(prompts), *taught])
+        rows_given, rows_drawn = (
+            sum(len(packed.ids[i]) for i in packed.sides([side])) for side in (0, 1)
+        )
+        counts = torch.tensor([rows_given, rows_drawn, len(prompts) * each, *taught])
         return MicroBatch(
             student=student,
             lesson=lesson,
             rows=rows,
-            rollout=rollout,
+            responses=packed,
+            drawn=drawn,
             prompts=prompts,
             counts=counts,
             totals=counts,
         )
 
-    def _sample(self, prompts: list[Tensor], index: int, rows: list[int]) -> Rollout:
-        """Draw y-; the seed depends on run, step, micro-batch and rank only."""
-        position = self.state.global_step * self.args.gradient_accumulation_steps + index
-        seed = (self.args.seed, position, self.accelerator.process_index)
-        longest = self.args.max_completion_length
-        assert longest is not None  # DuDiConfig saw to it
-        rollout = generate(
-            self.accelerator.unwrap_model(self.model),
-            prompts,
-            max_completion_length=longest,
-            eos_token_id=self.processing_class.eos_token_id,
-            pad_token_id=self.processing_class.pad_token_id,
-            temperature=self.args.rollout_temperature,
-            top_p=self.args.top_p,
-            top_k=self.args.top_k,
-            seed=hash(seed) % 2**63,
-        )
-        self._require_finite(
-            rollout.finite, "the student's logits are not finite in sampling", rows
-        )
-        lengths = [len(c) for c in rollout.completions]
-        clipped = rollout.finish_reasons.count("length")
-        self.meter.add("completions/mean_length", sum(lengths), len(lengths))
-        self.meter.add("completions/clipped_ratio", clipped, len(lengths))
-        return rollout
+    @torch.no_grad()
+    def _score(self, batch: Batch, drawn: Drawn) -> Tensor:
+        """(R,) log-probabilities of samples under the student as it is."""
+        each = self.args.num_generations
+        prompts = [p for p in unpad(batch, "prompt") for _ in range(each)]
+        module = self.accelerator.unwrap_model(self.model)
+        packed = pack(prompts, drawn.completions, self.processing_class.pad_token_id)
+        packed = packed.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            hidden = response_hidden(module, packed, self.args.padding_free)
+            return self._log_probs(module, hidden, packed.targets).cpu()
+
+    def _log_probs(self, module: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        budget = self.args.memory_budget
+        return linear_log_prob(hidden, lm_head(module), targets, memory_budget=budget)
 
     def greedy_sample(self, prompt: Tensor) -> Rollout:
         """What the student would write without chance."""
-        assert self.args.max_completion_length is not None
-        return generate(
-            self.accelerator.unwrap_model(self.model),
-            [prompt],
-            max_completion_length=self.args.max_completion_length,
-            eos_token_id=self.processing_class.eos_token_id,
-            pad_token_id=self.processing_class.pad_token_id,
-            temperature=0.0,
-        )
+        return self.sampling.greedy(self.accelerator.unwrap_model(self.model), prompt)
 
     # ---- the loss ------------------------------------------------------------------------------
 
@@ -359,7 +380,7 @@ class DuDiTrainer(Trainer):
             if batch.lesson is not None:
                 teacher = self.accelerator.unwrap_model(self.teacher)
                 taught = self.teaching.teach(teacher, batch.lesson, len(student.targets), device)
-            reference = self._reference_log_prob(student)
+            reference = self._reference_log_prob(batch)
             module = self.accelerator.unwrap_model(model)
 
             def forward() -> Any:
@@ -374,15 +395,31 @@ class DuDiTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     @torch.no_grad()
-    def _reference_log_prob(self, packed: Packed) -> Tensor | str | None:
-        """(S,) log-probabilities of each response under the reference policy."""
+    def _reference_log_prob(self, batch: MicroBatch) -> Tensor | str | None:
+        """(S,) log-probabilities of each response under the reference policy. Those of y+ are made
+        once where it never changes."""
         if self.args.preference_weight == 0 or self.args.reference == "none":
             return None
         if self.reference is None:
             return "teacher"
+        r, known = batch.responses, self.known_scores.by_row
+        given = {i: batch.rows[r.prompts[i]] for i in r.sides([0])}  # which row of the data
+        wanted = [i for i in range(len(r.ids)) if given.get(i) not in known]
+        found = torch.tensor([known.get(given.get(i, -1), 0.0) for i in range(len(r.ids))])
+        if wanted:
+            found[wanted] = self._under_reference(batch, wanted).cpu()
+        if self.args.reference == "initial":
+            known.update({given[i]: float(found[i]) for i in wanted if i in given})
+        return found.to(self.accelerator.device)
+
+    def _under_reference(self, batch: MicroBatch, wanted: list[int]) -> Tensor:
+        r, pad = batch.responses, self.processing_class.pad_token_id
+        prompts = [batch.prompts[r.prompts[i]] for i in wanted]
+        packed = pack(prompts, [r.ids[i] for i in wanted], pad).to(self.accelerator.device)
         module = self.accelerator.unwrap_model(self.model)
+        assert self.reference is not None
         with self.reference.applied(module):
-            hidden = response_hidden(module, packed)
+            hidden = response_hidden(module, packed, self.args.padding_free)
             return sequence_log_prob(
                 hidden,
                 lm_head(module),
@@ -400,30 +437,57 @@ class DuDiTrainer(Trainer):
         batch: MicroBatch,
     ) -> Any:
         a = self.args
-        off_rows, on_rows, pairs, off_taught, on_taught = batch.totals.tolist()
-        weight = None if taught is None else taught.weight
-        if weight is not None:  # cross-entropy has the same denominator, but all of the rows
-            off = packed.segment_ids % 2 == 0
-            weight = torch.where(off, weight * (off_rows / max(off_taught, 1)), weight)
+        off_rows, on_rows, pairs, _, on_taught = batch.totals.tolist()
+        hidden = response_hidden(module, packed, self.args.padding_free)
+        weight = None
+        if taught is not None:
+            weight = self._divergence_weight(module, hidden, packed, taught, batch)
+            weight = _row_weight(
+                weight, packed.segment_ids % batch.responses.group == 0, batch.totals
+            )
         return linear_dudi_loss(
-            response_hidden(module, packed),
+            hidden,
             lm_head(module),
             None if taught is None else taught.hidden,
             None if taught is None else taught.head,
             packed.targets,
             packed.segment_ids,
-            preference_weight=a.preference_weight,
-            ce_weight=a.ce_weight,
+            preference_loss=a.preference_loss,
             preference_beta=a.preference_beta,
+            preference_margin=a.preference_margin,
             preference_length_power=a.preference_length_power,
             reference_log_prob=reference,
             off_policy_rows=off_rows,
-            on_policy_rows=on_rows if weight is None else max(on_taught, 1),
+            on_policy_rows=on_rows if taught is None else max(on_taught, 1),
             pairs=pairs,
+            num_generations=batch.responses.group - 1,
             divergence_weight=weight,
             verbalizer=self.teaching.map_on(packed.targets.device),
-            **signal_options(a),
+            **signal_options(a) | self.weights(),
         )
+
+    def _divergence_weight(
+        self, module: nn.Module, hidden: Tensor, packed: Packed, taught: Taught, batch: MicroBatch
+    ) -> Tensor | None:
+        """(N,) of what the teacher says, and of samples that an older policy drew; None: ones."""
+        d = batch.drawn
+        if d is None or d.log_prob is None or d.step == self.state.global_step:
+            return taught.weight
+        drawn = packed.segment_ids % batch.responses.group > 0
+        now = self._log_probs(module, hidden.detach()[drawn], packed.targets[drawn])
+        ratio = (now.detach() - d.log_prob.to(now)).clamp(max=0).exp()
+        self.meter.add("rollout_importance", ratio.sum(), len(ratio))
+        weight = torch.ones(len(hidden), device=hidden.device)
+        weight[drawn] = ratio
+        return weight if taught.weight is None else weight * taught.weight
+
+    def weights(self) -> dict[str, Any]:
+        """Of the signals, in this step."""
+        step, most = self.state.global_step, self.state.max_steps
+        found = {name: getattr(self.args, name) for name in WEIGHTS}
+        for name, schedule in self.schedules.items():
+            found[name] *= schedule.factor(step, most)
+        return found
 
     def _require_finite(self, finite: bool, what: str, rows: list[int]) -> None:
         """Stop every rank before the step is taken unless all is well on each of them."""
@@ -466,21 +530,28 @@ class DuDiTrainer(Trainer):
         if a.gradient_tolerance > 0:
             add("skipped_logits", output.skipped * len(output.entropy), len(output.entropy))
         self._count_tokens(batch.student)
-        chosen, rejected = output.log_probs[0::2], output.log_probs[1::2]
-        pairs = len(batch.rows)
+        group = batch.responses.group
+        by_prompt = output.log_probs.view(-1, group)
+        chosen, rejected = by_prompt[:, 0], by_prompt[:, 1:]
         if self.args.needs_given:
-            add("logps/chosen", chosen.sum(), pairs)
-        if batch.rollout is not None:
-            add("logps/rejected", rejected.sum(), pairs)
+            add("logps/chosen", chosen.sum(), chosen.numel())
+        if batch.drawn is not None:
+            add("logps/rejected", rejected.sum(), rejected.numel())
+            if a.rollout_steps > 1:
+                age = self.state.global_step - batch.drawn.step
+                add("rollout_staleness", age * rejected.numel(), rejected.numel())
+        for name, weight in self.weights().items():
+            if name in self.schedules:
+                add(f"weights/{name}", weight, 1)
         if a.preference_weight > 0:
-            lengths = torch.bincount(packed.segment_ids, minlength=2 * pairs).clamp(min=1)
+            lengths = torch.bincount(packed.segment_ids, minlength=by_prompt.numel()).clamp(min=1)
             gain = (output.log_probs - output.reference_log_probs) * a.preference_beta
-            rewards = gain / lengths**a.preference_length_power
-            margins = rewards[0::2] - rewards[1::2]
-            add("rewards/chosen", rewards[0::2].sum(), pairs)
-            add("rewards/rejected", rewards[1::2].sum(), pairs)
-            add("rewards/margins", margins.sum(), pairs)
-            add("rewards/accuracies", (margins > 0).float().sum(), pairs)
+            rewards = (gain / lengths**a.preference_length_power).view(-1, group)
+            margins = rewards[:, :1] - rewards[:, 1:]
+            add("rewards/chosen", rewards[:, 0].sum(), len(rewards))
+            add("rewards/rejected", rewards[:, 1:].sum(), margins.numel())
+            add("rewards/margins", margins.sum(), margins.numel())
+            add("rewards/accuracies", (margins > 0).float().sum(), margins.numel())
 
     def _count_tokens(self, packed: Packed) -> None:
         tokens = torch.tensor(packed.num_tokens)
@@ -505,16 +576,16 @@ class DuDiTrainer(Trainer):
     def _log_completions(self, batch: MicroBatch) -> None:
         a = self.args
         due = (self.state.global_step + 1) % max(1, int(a.logging_steps)) == 0
-        if not (a.log_completions and due and batch.rollout and self.is_world_process_zero()):
+        if not (a.log_completions and due and batch.drawn and self.is_world_process_zero()):
             return
         from rich.console import Console
         from rich.table import Table
 
         decode = self.processing_class.decode
         table = Table("prompt", "completion", "end", title=f"step {self.state.global_step + 1}")
-        shown = zip(
-            batch.prompts, batch.rollout.completions, batch.rollout.finish_reasons, strict=True
-        )
+        each = len(batch.drawn.completions) // len(batch.prompts)
+        prompts = [p for p in batch.prompts for _ in range(each)]
+        shown = zip(prompts, batch.drawn.completions, batch.drawn.finish_reasons, strict=True)
         for prompt, completion, reason in list(shown)[: a.num_completions_to_print]:
             table.add_row(decode(prompt, skip_special_tokens=True), decode(completion), reason)
         Console().print(table)
@@ -566,8 +637,10 @@ class DuDiTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given")
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self.sampling.clear()
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
+            self._load_samples(checkpoint)
             if self.reference is not None:
                 self.reference.load(checkpoint)
             self._window = json.loads((checkpoint / WINDOW_FILE).read_text(encoding="utf-8"))
@@ -653,6 +726,24 @@ class DuDiTrainer(Trainer):
         }
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What else each rank has of its own: samples to come, and scores that it knows."""
+        super()._save_rng_state(output_dir)
+        own = self.sampling.state() | self.known_scores.state()
+        save_file(own, Path(output_dir) / self._samples_file)
+
+    def _load_samples(self, checkpoint: Path) -> None:
+        path = checkpoint / self._samples_file
+        if not path.exists():
+            raise ValueError(f"{checkpoint} is not whole: {path.name} is not there")
+        saved = load_file(path)
+        self.sampling.load(saved)
+        self.known_scores.load(saved)
+
+    @property
+    def _samples_file(self) -> str:
+        return f"samples-{self.accelerator.process_index}.safetensors"
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but weights that are not finite are never written."""
         if self.any_rank(not weights_are_finite(self.model)):
@@ -681,7 +772,13 @@ def _languages(dataset: Any) -> list[str] | None:
     return sorted({code for code in dataset.unique("language") if code})
 
 
-def _unpad(batch: dict[str, Tensor], name: str) -> list[Tensor]:
-    """The rows of a padded (B, T) tensor at their own lengths."""
-    pairs = zip(batch[f"{name}_ids"], batch[f"{name}_mask"].bool(), strict=True)
-    return [ids[mask] for ids, mask in pairs]
+def _row_weight(weight: Tensor | None, positive: Tensor, totals: Tensor) -> Tensor | None:
+    """(N,) of each row's divergence: its mean over y+ is over the rows that are taught anywhere in
+    the global batch, but its denominator is that of cross-entropy, which is over all of them."""
+    rows, _, _, taught, _ = totals.tolist()
+    scale = rows / max(taught, 1)
+    if scale == 1 or not rows:
+        return weight
+    if weight is None:
+        weight = torch.ones(len(positive), device=positive.device)
+    return torch.where(positive, weight * scale, weight)

@@ -87,6 +87,8 @@ class Verbalized:
         make = self.backend.class_logits
         make(classes.student, tile.student, setting.inv_tau, student)
         make(classes.teacher, tile.teacher, setting.teacher_inv_tau, teacher)
+        if classes.masked:  # the bucket, the last class: no teacher token makes it
+            teacher[:, -1] = -torch.inf
         if self.masked:
             silent = teacher.amax(1, keepdim=True) == -torch.inf
             torch.where(silent, student, teacher, out=teacher)

@@ -387,6 +387,11 @@ def test_chat_templates_that_cannot_be_honoured(tokenizer):
     tokenizer.chat_template = template.replace("message['content']", "message['content'][:3]")
     with pytest.raises(ValueError, match=r"row 0 .*loses the response.*'final'"):
         prepare([row], tokenizer)
+    again = {"prompt": TURNS[1:2], "completion": [{**ANSWER, "content": "first"}]}  # as the prompt
+    drop = "(message['content'] if message['role'] != 'assistant' else '')"
+    tokenizer.chat_template = template.replace("message['content']", drop)
+    with pytest.raises(ValueError, match=r"row 0 .*loses the response.*'first'"):
+        prepare([again], tokenizer)
     tokenizer.chat_template = template.replace("'<|assistant|>'", "'<|assistant|>THINK'")
     with pytest.raises(ValueError, match=r"row 0 .*THINK.*Set a chat template without"):
         prepare([row], tokenizer)

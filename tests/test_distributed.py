@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
-
-from dudi.callbacks import read_jsonl
 
 SCRIPT = Path(__file__).with_name("train_once.py")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -25,19 +24,27 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs in one process and in two."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(str(SCRIPT), str(folder / "one"), "4")
+    run(*LAUNCHER, str(SCRIPT), str(folder / "two"), "2")
+    return folder
+
+
+@pytest.mark.parametrize("teacher", ["same", "other"])
+def test_two_ranks_equal_one(runs: Path, teacher: str) -> None:
     """Denominators are global and gradients are synchronised: equal losses, equal weights."""
-    run(str(SCRIPT), str(tmp_path / "one"), "4")
-    run(*LAUNCHER, str(SCRIPT), str(tmp_path / "two"), "2")
-    one, two = (
-        [r for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r]
-        for name in ("one", "two")
-    )
+    folders = [runs / name / teacher for name in ("one", "two")]
+    one, two = (tiny.logged(folder) for folder in folders)
     assert len(one) == len(two) == 3
+    keys = ["loss", "off_policy_loss", "ce_loss", "entropy", "grad_norm", "num_tokens"]
+    keys += ["paired_rows", "confidence_gate", "teacher_entropy"] if teacher == "other" else []
     for a, b in zip(one, two, strict=True):
-        for key in ("loss", "off_policy_loss", "ce_loss", "entropy", "grad_norm", "num_tokens"):
+        for key in keys:
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("one", "two")]
+    models = [AutoModelForCausalLM.from_pretrained(folder / "model") for folder in folders]
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 

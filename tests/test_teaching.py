@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,20 @@ import torch
 import vocabularies
 from datasets import Dataset
 
-from dudi.callbacks import read_jsonl
 from dudi.demo_data import ui_strings
 from dudi.evaluate import evaluate_model
 from dudi.teaching import confidence
 from dudi.trainer import DuDiTrainer
 from dudi_kernels import Verbalizer
 
-ALONE = {"preference_weight": 0.0, "verbalizer_cache_dir": None}
-GIVEN = {**ALONE, "on_policy_weight": 0.0}
+ALONE: dict[str, Any] = {"preference_weight": 0.0, "verbalizer_cache_dir": None}
+GIVEN: dict[str, Any] = {**ALONE, "on_policy_weight": 0.0}
 
 
 def teacher_tokenizer() -> Any:
-    """Another one than the student's, with a chat template of its own."""
-    tokenizer = vocabularies.trained_byte_level()
+    """Another one than the student's, with a chat template and a special token of its own."""
+    tokenizer = copy.deepcopy(vocabularies.trained_byte_level())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -32,7 +34,7 @@ def teacher_tokenizer() -> Any:
     return tokenizer
 
 
-def make(folder: Any, other: bool = False, rows: Any = None, **settings: Any) -> DuDiTrainer:
+def make(folder: Any, *, other: bool = False, rows: Any = None, **settings: Any) -> DuDiTrainer:
     """With a teacher of another tokenizer, or of the same."""
     own = teacher_tokenizer() if other else None
     return DuDiTrainer(
@@ -56,15 +58,15 @@ def step(trainer: DuDiTrainer) -> tuple[Any, Any]:
 
 
 def sequences(packed: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and row mask of each sequence, in their order."""
+    """Ids and row mask of each sequence that has rows, in their order."""
     found = []
     for group in packed.groups:
         for ids, seen, mask in zip(*group, strict=True):
             found.append((ids[seen.bool()], mask[seen.bool()]))
-    starts = torch.tensor([0] + [int(mask.sum()) for _, mask in found]).cumsum(0)[:-1]
-    places = packed.order.tolist()
-    order = sorted(range(len(found)), key=lambda i: places.index(int(starts[i])))
-    return [found[i] for i in order]
+    lengths = [int(mask.sum()) for _, mask in found]
+    starts, places = [0, *accumulate(lengths)], packed.order.tolist()
+    whole = (i for i, length in enumerate(lengths) if length)
+    return [found[i] for i in sorted(whole, key=lambda i: places.index(starts[i]))]
 
 
 @torch.no_grad()
@@ -76,7 +78,7 @@ def log_probs(model: Any, packed: Any) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def classes(verbalizer: Verbalizer, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def classes(verbalizer: Any, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """P and Q with one class more for what is left."""
     mass, own = verbalizer.project(p), q[:, verbalizer.matched]
     mass = mass[:, verbalizer.matched]
@@ -103,35 +105,40 @@ def test_a_teacher_with_another_tokenizer_equals_dense_formulas(tmp_path: Path) 
 
 
 def test_what_a_teacher_with_another_tokenizer_reads(tmp_path: Path) -> None:
-    trainer = make(tmp_path, other=True)
+    trainer = make(tmp_path, other=True, **GIVEN)
     batch, _ = step(trainer)
     own, other = trainer.processing_class, trainer.bridge.tokenizer
     for (ids, mask), (seen, seen_mask) in zip(
         sequences(batch.student), sequences(batch.lesson.seen), strict=True
     ):
-        response, heard = (
+        given, heard = (
             tokenizer.decode(row[1:][picked[:-1]], skip_special_tokens=True)
             for tokenizer, row, picked in ((own, ids, mask), (other, seen, seen_mask))
         )
-        assert response.startswith(heard)
-        prompt = other.decode(seen[: int(seen_mask.nonzero()[0]) + 1])
+        assert given == heard
+        prompt = other.decode(seen[: len(seen) - int(seen_mask.sum())])
         assert prompt.startswith("[user] Translate from") and prompt.endswith("[assistant] ")
 
 
 def test_training_with_another_tokenizer_and_resuming(tmp_path: Path) -> None:
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "other": True}
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "other": True,
+    }
     make(tmp_path / "whole", **settings).train()
     trainer = make(tmp_path / "cut", **settings)
     trainer.train()
     assert "map" in trainer._identity and trainer._identity["map"] is not None
-    lines = [r for r in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    lines = tiny.logged(tmp_path / "whole")
     for line in lines:
         assert 0 < line["paired_rows"] < 1 and line["unpaired_responses"] == 0
         assert line["teacher_entropy"] > 0
     (tmp_path / "cut" / "checkpoint-4").rename(tmp_path / "aside")
     again = make(tmp_path / "cut", **settings)
     again.train(resume_from_checkpoint=True)
-    resumed = [r for r in read_jsonl(tmp_path / "cut" / "metrics.jsonl") if "loss" in r]
+    resumed = tiny.logged(tmp_path / "cut")
     assert resumed == lines
     same = make(tmp_path / "cut", **(settings | {"other": False}))
     with pytest.raises(ValueError, match="the map between the vocabularies is another"):
@@ -171,6 +178,7 @@ def test_padded_heads_need_no_equal_sizes(tmp_path: Path) -> None:
             args=tiny.config(tmp_path / str(more), **GIVEN),
             train_dataset=tiny.rows(),
             processing_class=tiny.tokenizer(),
+            teacher_processing_class=tiny.tokenizer(),
         )
         assert (trainer.bridge.verbalizer is None) == (more == 0)
         assert trainer.bridge.pairing is None and not trainer.bridge.maps_tokens
@@ -226,7 +234,12 @@ def test_plain_and_verbalized_teacher_are_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [False, True])
 def test_sharpening(tmp_path: Path, other: bool) -> None:
     trainer = make(
-        tmp_path, other, **GIVEN, teacher_temperature=0.5, teacher_top_p=0.6, unmatched="bucket"
+        tmp_path,
+        other=other,
+        **GIVEN,
+        teacher_temperature=0.5,
+        teacher_top_p=0.6,
+        unmatched="bucket",
     )
     batch, output = step(trainer)
     p = (log_probs(trainer.teacher, batch.lesson.seen) / 0.5).softmax(-1)
@@ -253,7 +266,7 @@ def test_templates_show_what_the_student_has_just_written(tmp_path: Path) -> Non
     decode = trainer.processing_class.decode
     for i, (seen, mask) in enumerate(sequences(batch.lesson.seen)):
         prompt = decode(seen[: int(mask.nonzero()[0]) + 1])
-        written = decode(batch.rollout.completions[i // 2], skip_special_tokens=True)
+        written = decode(batch.drawn.completions[i // 2], skip_special_tokens=True)
         assert f"Try: <{written}>" in prompt
     with pytest.raises(ValueError, match="student_completion, but no samples are drawn"):
         make(tmp_path, verbalizer_templates=templates, on_policy_weight=0.0)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from dudi.callbacks import read_jsonl
 from dudi.config import DuDiConfig
 from dudi.finite import NonFiniteLossError
-from dudi.reference import Reference
+from dudi.reference import AdapterOff, Reference, adds_nothing
 from dudi.trainer import DuDiTrainer
 
 
@@ -32,11 +32,6 @@ def make(folder: Any, callbacks: Any = None, **settings: Any) -> DuDiTrainer:
         processing_class=tiny.tokenizer(),
         callbacks=callbacks,
     )
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    """The logged steps without the figures that are clock readings."""
-    return [r for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r]
 
 
 def sequences(packed: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -107,6 +102,15 @@ def test_step_equals_dense_formulas(tmp_path: Path, length_power: int) -> None:
         assert error < 1e-4, name
 
 
+def test_without_padding_the_losses_are_the_same(tmp_path: Path) -> None:
+    """Of student, teacher and reference."""
+    for free in (False, True):
+        make(tmp_path / str(free), padding_free=free).train()
+    padded, packed = (tiny.logged(tmp_path / str(free)) for free in (False, True))
+    for a, b in zip(padded, packed, strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+
+
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     """Every mean is over the global batch, however it is cut into micro-batches."""
     finals = []
@@ -123,7 +127,9 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
             max_steps=2,
         )
         trainer.train()
-        finals.append([losses(folder)[-1]["off_policy_loss"], *map(float, _norms(trainer.model))])
+        finals.append(
+            [tiny.logged(folder)[-1]["off_policy_loss"], *map(float, _norms(trainer.model))]
+        )
     assert finals[0] == pytest.approx(finals[1], rel=1e-5)
 
 
@@ -134,12 +140,32 @@ def _norms(model: torch.nn.Module) -> list[torch.Tensor]:
 def test_same_seed_same_losses(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make(tmp_path / name).train()
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert tiny.logged(tmp_path / "a") == tiny.logged(tmp_path / "b")
 
 
-@pytest.mark.parametrize("reference", ["initial", "lagged"])
-def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) -> None:
-    """Also in the middle of a log window and past a refresh of the lagged reference."""
+@pytest.mark.parametrize(
+    ("reference", "ahead"),
+    [
+        ("initial", {}),
+        ("lagged", {}),
+        (
+            "initial",
+            {
+                "rollout_steps": 5,
+                "rollout_importance": True,
+                "num_generations": 2,
+                "weight_schedules": {"ce_weight": {"kind": "linear"}},
+                "ce_weight": 0.5,
+            },
+        ),
+    ],
+    ids=["initial", "lagged", "samples ahead"],
+)
+def test_resuming_continues_the_curve_exactly(
+    tmp_path: Path, reference: str, ahead: dict[str, Any]
+) -> None:
+    """Also in the middle of a log window, past a refresh of the lagged reference, with samples
+    that are drawn and not trained on yet, and in an epoch after y+ was scored."""
     settings = {
         "max_steps": 7,
         "save_strategy": "steps",
@@ -147,6 +173,7 @@ def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) ->
         "logging_steps": 2,
         "reference": reference,
         "reference_sync_steps": 2,
+        **ahead,
     }
     whole = make(tmp_path / "whole", **settings)
     whole.train()
@@ -158,7 +185,7 @@ def test_resuming_continues_the_curve_exactly(tmp_path: Path, reference: str) ->
     make(tmp_path / "cut", callbacks=[Stop()], **settings).train()
     resumed = make(tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert tiny.logged(tmp_path / "cut") == tiny.logged(tmp_path / "whole")
     ends = [read_jsonl(tmp_path / name / "metrics.jsonl")[-1] for name in ("cut", "whole")]
     assert ends[0]["train_loss"] == pytest.approx(ends[1]["train_loss"], rel=1e-6)
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
@@ -179,7 +206,7 @@ def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
     resumed = make(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     assert not resumed.interrupted
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert tiny.logged(tmp_path / "cut") == tiny.logged(tmp_path / "whole")
 
 
 def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None:
@@ -204,13 +231,13 @@ def test_teacher_scores_only_the_side_that_needs_it(tmp_path: Path) -> None:
         else:
             trainer.args.__class__ = type("Both", (DuDiConfig,), {"taught_sides": sides})
         trainer.train()
-        losses_seen.append([r["loss"] for r in losses(folder)])
+        losses_seen.append([r["loss"] for r in tiny.logged(folder)])
     assert losses_seen[0] == pytest.approx(losses_seen[1], rel=1e-6)
 
 
 def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No samples without a signal that needs them; no teacher for plain cross-entropy."""
-    monkeypatch.setattr("dudi.trainer.generate", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr("dudi.sampling.generate", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setattr("dudi.trainer.load_model", _no_strings)
     off = {"on_policy_weight": 0.0, "preference_weight": 0.0}
     make(tmp_path / "off", max_steps=1, **off).train()
@@ -223,8 +250,8 @@ def test_zero_weights_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     plain.train()
     assert plain.teacher is None
-    assert losses(tmp_path / "ce")[0]["loss"] == pytest.approx(
-        losses(tmp_path / "ce")[0]["ce_loss"], rel=1e-5
+    assert tiny.logged(tmp_path / "ce")[0]["loss"] == pytest.approx(
+        tiny.logged(tmp_path / "ce")[0]["ce_loss"], rel=1e-5
     )
 
 
@@ -242,12 +269,14 @@ def test_logged_metrics(tmp_path: Path) -> None:
         "logps/chosen", "logps/rejected",
         "off_policy_loss", "on_policy_loss", "preference_loss", "ce_loss",
     }  # fmt: skip
-    for record in losses(tmp_path):
+    for record in tiny.logged(tmp_path):
         assert wanted <= record.keys()
         parts = record["off_policy_loss"] + record["on_policy_loss"]
         parts += 0.5 * record["preference_loss"] + 0.1 * record["ce_loss"]
         assert record["loss"] == pytest.approx(parts, rel=1e-4)
-    assert losses(tmp_path)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # pi = reference
+    assert tiny.logged(tmp_path)[0]["rewards/margins"] == pytest.approx(
+        0, abs=1e-4
+    )  # pi = reference
 
 
 def test_gradient_tolerance(tmp_path: Path) -> None:
@@ -255,7 +284,7 @@ def test_gradient_tolerance(tmp_path: Path) -> None:
     found = []
     for name, tolerance in (("exact", 0.0), ("some", 0.3)):
         make(tmp_path / name, gradient_tolerance=tolerance, max_steps=1).train()
-        found.append(losses(tmp_path / name)[0])
+        found.append(tiny.logged(tmp_path / name)[0])
     assert "skipped_logits" not in found[0] and 0 <= found[1]["skipped_logits"] <= 1
     assert found[0]["loss"] == found[1]["loss"]
 
@@ -293,11 +322,56 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 def test_peft_trains_the_adapter_only(tmp_path: Path) -> None:
     trainer = make_adapted(tmp_path, lora(), **SAVING)
     trainer.train()
-    assert trainer.reference is not None
-    assert all("lora_" in name for name in trainer.reference.weights)
+    assert isinstance(trainer.reference, AdapterOff)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
-    assert losses(tmp_path)[1]["rewards/margins"] != 0
+    assert not (tmp_path / "checkpoint-2" / "reference.safetensors").exists()
+    assert tiny.logged(tmp_path)[1]["rewards/margins"] != 0
     make_adapted(tmp_path, lora(), **SAVING).check_resumable()
+
+
+def test_a_copy_of_an_adapter_equals_the_model_under_it(tmp_path: Path) -> None:
+    """A new adapter changes nothing, so that switching it off is the start; a trained one is
+    copied, and so is what lags."""
+    runs = []
+    for name in ("off", "copied"):
+        trainer = make_adapted(tmp_path / name, lora())
+        if name == "copied":
+            trainer.reference = Reference(trainer.model)
+            assert all("lora_" in n for n in trainer.reference.weights)
+        trainer.train()
+        runs.append(tiny.logged(tmp_path / name))
+    assert runs[0] == runs[1]
+    assert not adds_nothing(trainer.model) and not adds_nothing(tiny.model(0))
+    lagged = make_adapted(tmp_path / "lagged", lora(), reference="lagged")
+    assert isinstance(lagged.reference, Reference)
+
+
+def test_a_reference_in_half_precision_on_the_cpu(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "half", reference_dtype="bfloat16", reference_on_cpu=True)
+    assert isinstance(trainer.reference, Reference)
+    assert {w.dtype for w in trainer.reference.weights.values()} == {torch.bfloat16}
+    trainer.train()
+    make(tmp_path / "whole").train()
+    half, whole = (tiny.logged(tmp_path / name) for name in ("half", "whole"))
+    assert half[0]["rewards/margins"] != whole[0]["rewards/margins"] == 0
+    assert half[0]["rewards/margins"] == pytest.approx(0, abs=0.2)
+
+
+def test_given_responses_are_scored_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """By a reference that never changes; the second epoch of 24 rows begins in step 7."""
+    counts: list[int] = []
+    own = DuDiTrainer._under_reference
+
+    def counted(self: Any, batch: Any, wanted: list[int]) -> Any:
+        counts.append(len(wanted))
+        return own(self, batch, wanted)
+
+    monkeypatch.setattr(DuDiTrainer, "_under_reference", counted)
+    make(tmp_path / "initial", max_steps=8).train()
+    assert counts == [8] * 6 + [4] * 2
+    counts.clear()
+    make(tmp_path / "lagged", max_steps=8, reference="lagged").train()
+    assert counts == [8] * 8
 
 
 @pytest.mark.parametrize(
@@ -433,7 +507,7 @@ def test_never_saves_weights_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_refuses_other_vocabulary(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"16384.*16400"):
+    with pytest.raises(ValueError, match=r"teacher_tokenizer_name_or_path .*16400.*16384"):
         DuDiTrainer(
             tiny.model(0),
             tiny.model(1, vocab=16_400),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from dudi.callbacks import read_jsonl
 from dudi.config import DuDiConfig
 from dudi.demo_data import data_path, translation_rows
 
@@ -84,3 +86,12 @@ def config(output_dir: Any, **settings: Any) -> DuDiConfig:
         "preference_weight": 0.5,
     }
     return DuDiConfig(output_dir=str(output_dir), **(defaults | settings))
+
+
+def logged(folder: Any) -> list[dict[str, Any]]:
+    """The logged steps of a run, without the figures that are clock readings."""
+    return [
+        {name: value for name, value in record.items() if not name.endswith("_per_second")}
+        for record in read_jsonl(Path(folder) / "metrics.jsonl")
+        if "loss" in record
+    ]

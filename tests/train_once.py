@@ -1,4 +1,7 @@
-"""A short run for test_distributed.py: `train_once.py FOLDER BATCH_SIZE`, alone or in torchrun."""
+"""Short runs for test_distributed.py: `train_once.py FOLDER BATCH_SIZE`, alone or in torchrun.
+
+One with a teacher of the student's tokenizer, one with a teacher of another.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from typing import Any
 
 import tiny
+import vocabularies
 from transformers import TrainerCallback
 
 from dudi.trainer import DuDiTrainer
@@ -20,7 +24,7 @@ class Spoil(TrainerCallback):
             kwargs["model"].model.norm.weight.data.fill_(float("nan"))
 
 
-def main(folder: str, batch_size: int) -> None:
+def main(folder: str, batch_size: int, other: bool) -> None:
     config = tiny.config(
         folder,
         per_device_train_batch_size=batch_size,
@@ -30,13 +34,18 @@ def main(folder: str, batch_size: int) -> None:
         ce_weight=0.5,
         optim="sgd",
         max_steps=3,
+        confidence_gating=0.5 if other else 0.0,
+        unmatched="renormalize",
+        verbalizer_cache_dir=None,
     )
+    tokenizer = vocabularies.trained_byte_level() if other else tiny.tokenizer()
     trainer = DuDiTrainer(
         tiny.model(0),
-        tiny.model(1),
+        tiny.model(1, vocab=len(tokenizer)),
         args=config,
         train_dataset=tiny.rows(),
         processing_class=tiny.tokenizer(),
+        teacher_processing_class=tokenizer,
         callbacks=[Spoil()] if os.environ.get("SPOIL") else None,
     )
     trainer.train()
@@ -44,4 +53,5 @@ def main(folder: str, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    for name in ("same", "other"):
+        main(f"{sys.argv[1]}/{name}", int(sys.argv[2]), name == "other")

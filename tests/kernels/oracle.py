@@ -155,11 +155,11 @@ def dudi(
             off, on = (off + value, on) if segment % group == 0 else (off, on + value)
         if segment % group == 0:
             ce = ce - own[rows].sum()
-    scores = [(sums[s] - references[s]) / lengths[s] ** length_power for s in range(count)]
+    ratings = [(sums[s] - references[s]) / lengths[s] ** length_power for s in range(count)]
     margins = []
     for prompt in range(prompts):
         for sample in range(1, group):
-            margins.append(scores[group * prompt] - scores[group * prompt + sample])
+            margins.append(ratings[group * prompt] - ratings[group * prompt + sample])
             z = preference_beta * margins[-1] - margin
             match kind:
                 case "sigmoid":

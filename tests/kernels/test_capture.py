@@ -317,7 +317,7 @@ def test_all_rows_ignored():
 def test_three_signals_with_denominators_on_the_device(monkeypatch):
     """Where sequences start is known. A denominator of 0 divides nothing."""
     segments = make().segments
-    left = three_signals._packing(segments, segments.device, None)
+    left = three_signals._packing(segments, segments.device, None, 1)
     monkeypatch.setattr(three_signals, "_packing", lambda *given: left)
     for a, b in zip(*(run(dudi, "torch", yes) for yes in (False, True)), strict=True):
         assert error(b, a) < 2e-6

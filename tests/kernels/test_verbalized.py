@@ -386,6 +386,32 @@ def test_refused(change, kind, message):
         linear_distill_loss(student.hidden, student.head, teacher.hidden, teacher.head, **change)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", [linear_distill_loss, linear_distill])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_reverse_kl"])
+def test_a_bucket_without_any_mass_of_the_teacher(divergence, function, backend):
+    """In every chunk, whatever the chunk before left in the buffers."""
+    _, teacher = sides()
+    ids = torch.arange(TEACHER)
+    small = make_side(ROWS, TEACHER + 40, WIDTH)  # a student with tokens that the teacher lacks
+    map_ = Verbalizer.from_coo(
+        ids, ids, torch.ones(TEACHER), teacher_size=TEACHER, student_size=TEACHER + 40
+    )
+    got = function(
+        small.hidden, small.head, teacher.hidden, teacher.head, divergence=divergence, beta=BETA,
+        alpha=ALPHA, verbalizer=map_, memory_budget=SMALL, backend=backend,
+    )  # fmt: skip
+    got.divergence.mean().backward() if function is linear_distill else got.loss.backward()
+    want = small.double()
+    p, q = probabilities(want, teacher.double())
+    p = torch.cat([p, torch.zeros(ROWS, 1)], 1)
+    q = torch.cat([q[:, :TEACHER], q[:, TEACHER:].sum(1, keepdim=True)], 1)
+    true = oracle.DIVERGENCES[divergence](p, q, BETA, ALPHA)
+    true.mean().backward()
+    assert error(got.divergence, true) < VALUE_RTOL
+    assert max(gradient_errors(small, want)) < 1e-5
+
+
 def test_an_infinite_divergence_is_refused():
     student, teacher = make_side(ROWS, STUDENT, WIDTH), make_side(ROWS, 2, 24, seed=9)
     arguments = (student.hidden, student.head, teacher.hidden, teacher.head)
