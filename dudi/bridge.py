@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from dudi.known import KnownTop
 from dudi.lexicon import lexicon_verbalizer, read_lexicon
 from dudi.models import load_tokenizer, looks_like_a_path
 from dudi.pairing import Pairing
@@ -95,6 +96,8 @@ def build_bridge(
     must not be one but is needed, and for a lexicon with languages that the data lacks.
     """
     sizes = vocab_size(teacher), vocab_size(student)
+    if isinstance(teacher, KnownTop):  # its likeliest tokens are the student's
+        sizes = sizes[1], sizes[1]
     if own is None:
         own = _saved_with(teacher, student_tokenizer, sizes)
     elif isinstance(own, str):

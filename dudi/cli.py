@@ -63,6 +63,12 @@ class VerbalizeArguments:
 
 @dataclass(kw_only=True)
 class CacheArguments:
+    cache: str = _option(
+        "hidden: final hidden states, for every divergence and map; topk: the likeliest tokens, a "
+        "hundredth of the bytes, for training without the teacher's head.",
+        "hidden",
+    )
+    cache_top_k: int = _option("How many tokens of each row, with topk.", 64)
     batch_size: int = _option("Sequences that the teacher reads at a time.", 16)
     shard_mb: int = _option("Size of a shard: what a killed run loses at most.", 256)
 
@@ -216,7 +222,8 @@ TRAIN_GROUPS = {
     "Models and data": (
         "model_name_or_path", "model_config", "model_init_kwargs", "disable_dropout",
         "tokenizer_name_or_path", "teacher_model_name_or_path", "teacher_model_init_kwargs",
-        "teacher_tokenizer_name_or_path", "teacher_cache",
+        "teacher_tokenizer_name_or_path", "teacher_cache", "teacher_url", "served_model",
+        "served_top_k", "served_timeout", "served_retries", "served_concurrency",
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
         "dataset_test_split", "max_prompt_length", "max_completion_length",
         "max_teacher_prompt_length", "overlong", "chat_template_kwargs",

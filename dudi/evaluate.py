@@ -28,6 +28,7 @@ from torch import Tensor
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import write_text
 from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
+from dudi.known import KnownTop
 from dudi.models import load_model, load_tokenizer
 from dudi.rollout import generate, inference_mode_of
 from dudi.signals import lm_head, pack, response_hidden, vocab_size
@@ -91,8 +92,7 @@ def _row_scores(
         values = linear_distill_loss(
             hidden,
             head,
-            guide.hidden,
-            guide.head,
+            *guide.side,
             targets=packed.targets,
             verbalizer=bridge.verbalizer,
         )
@@ -246,7 +246,7 @@ def _check(
             f"dataset must hold ids of the model's vocabulary of {size}, got {largest}: "
             "its tokenizer belongs to another model"
         )
-    mapped = bridge.verbalizer is not None
+    mapped = bridge.verbalizer is not None or isinstance(teacher, KnownTop)
     if teacher is not None and not mapped and vocab_size(teacher) != size:
         raise ValueError(
             f"teacher must share the model's vocabulary of {size}, got {vocab_size(teacher)}"

@@ -1,7 +1,8 @@
 """Teachers without a body here: what they say of a sequence is looked up, or asked for.
 
-They stand where a causal LM would. One of known states (teacher_cache.py) has a head and the final
-hidden states of the responses; one of known tokens has the likeliest tokens of each row alone.
+They stand where a causal LM would. One of known states has a head and the final hidden states of
+the responses; one of known tokens has the likeliest tokens of each row alone, which are the
+student's own. Both come from a cache (teacher_cache.py), the second also from a server (served.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from dudi.signals import Packed
-    from dudi_kernels import LMHead
+    from dudi_kernels import LMHead, TopKTeacher
 
 
 class Sequence(NamedTuple):
@@ -25,9 +26,10 @@ class Sequence(NamedTuple):
 
 
 class KnownTeacher(nn.Module):
-    """`tokenizer`: where the teacher's own one lies, or None; `vocab_size`: rows of its head."""
+    """`tokenizer`: where the teacher's own one lies, or None; `vocab_size`: rows of its head, None
+    where only a server knows."""
 
-    def __init__(self, tokenizer: str | None, vocab_size: int, what: str) -> None:
+    def __init__(self, tokenizer: str | None, vocab_size: int | None, what: str) -> None:
         super().__init__()
         self.config = SimpleNamespace(_name_or_path=tokenizer or "")
         self.vocab_size, self.what = vocab_size, what
@@ -44,6 +46,13 @@ class KnownStates(KnownTeacher):
         raise NotImplementedError
 
     def hidden(self, packed: Packed, padding_free: bool = False) -> Tensor:  # (N, E)
+        raise NotImplementedError
+
+
+class KnownTop(KnownTeacher):
+    """A teacher whose likeliest tokens are known."""
+
+    def top(self, packed: Packed) -> TopKTeacher:  # of (N, k)
         raise NotImplementedError
 
 

@@ -144,7 +144,7 @@ def lm_head(model: nn.Module) -> LMHead:
 
 def vocab_size(model: nn.Module) -> int:
     """Rows of a model's head, also of one that is not here."""
-    return model.vocab_size if isinstance(model, KnownTeacher) else lm_head(model).vocab_size
+    return (model.vocab_size or 0) if isinstance(model, KnownTeacher) else lm_head(model).vocab_size
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""A teacher from a folder: final hidden states in bf16 and the head, of the sequences it was asked.
+"""A teacher from a folder: what it says of the responses that it was asked about.
 
-`write_cache` (behind `dudi cache-teacher`) fills the folder, entry by entry: what the teacher says
-of one response under one prompt, both in its own tokens, by the hash of these and of the teacher.
-`CachedStates` reads it in the teacher's place. Everything in the folder is verified when it is
-opened, and everything that a run will ask for is looked for before its first step.
+An entry is of one response under one prompt, both in the teacher's tokens, and is found by the hash
+of these and of the teacher: its final hidden states in bf16, beside which the folder has the head
+(`CachedStates`), or its likeliest tokens (`CachedTop`). caching.py fills the folder. Everything in
+it is verified when it is opened, and all that a run will ask for is looked for before its first
+step.
 """
 
 from __future__ import annotations
@@ -19,18 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dudi.callbacks import write_text
-from dudi.known import KnownStates, KnownTeacher, sequences
+from dudi.known import KnownStates, KnownTeacher, KnownTop, sequences
 from dudi.pairing import Pairing
-from dudi.shards import KEY_BYTES, Shards, ShardWriter, open_named, save_named
+from dudi.shards import KEY_BYTES, Shards, open_named
 from dudi.signals import Packed, lm_head, pack, response_hidden
-from dudi_kernels import LMHead
+from dudi_kernels import LMHead, TopKTeacher
 
 FORMAT = "1"
 CACHE_FILE, TOKENIZER, HEAD = "cache.json", "tokenizer", "head-"
 AGAIN = "remove it and run `dudi cache-teacher` again, which makes what is missing"
 SAMPLED_VALUES = 256  # of each weight, which tell one teacher from another
-Tell = Callable[[int, int], None]  # entries done, entries to do
 
 
 class Entry(NamedTuple):
@@ -51,20 +50,21 @@ class Entry(NamedTuple):
 class About:
     """What a folder holds: the content of cache.json."""
 
-    kind: str  # hidden
+    kind: str  # hidden or topk
     teacher: str  # its name
-    identity: str  # a hash of its architecture and of some of its weights
-    vocab_size: int
-    width: int
-    head: str  # the head's file
-    softcap: float | None
-    scale: float
+    identity: str  # a hash of its architecture and of some of its weights, or of a server's name
+    vocab_size: int | None  # rows of the head; of topk, tokens it is over; None: a server's
+    top_k: int | None = None
+    head: str = ""  # the head's file
+    softcap: float | None = None
+    scale: float = 1.0
     format: str = FORMAT
 
     @property
     def header(self) -> dict[str, str]:
         """What each of the folder's files must say of itself."""
-        return {"format": self.format, "kind": self.kind, "teacher": self.identity}
+        own = {"format": self.format, "kind": self.kind, "teacher": self.identity}
+        return own if self.top_k is None else own | {"top_k": str(self.top_k)}
 
     @property
     def digest(self) -> str:
@@ -122,33 +122,86 @@ def read_about(folder: Path) -> About:
     return about
 
 
-class CachedStates(KnownStates):
-    """Final hidden states from the cache in `folder`; those that it lacks from a live teacher.
+class Cache:
+    """The entries of a folder.
 
-    Raises ValueError, naming the file, for what is corrupt or belongs elsewhere, and for a live
-    teacher that is not the one that was cached.
+    Raises ValueError, naming the file, for what is corrupt or belongs elsewhere.
+    """
+
+    def __init__(self, folder: str | Path, kind: str) -> None:
+        self.folder = Path(folder).expanduser()
+        self.about = read_about(self.folder)
+        self.what = f"the teacher in teacher_cache {str(folder)!r}"
+        if self.about.kind != kind:
+            raise ValueError(f"{self.what} must be of the kind {kind}, got {self.about.kind!r}")
+        self.shards = Shards(self.folder, self.about.header, AGAIN)
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.folder / TOKENIZER)
+
+    def read(self, entry: Entry, *fields: str) -> list[Tensor] | None:
+        """The rows of an entry, or None where it is not there."""
+        key = entry.key(self.about.identity)
+        return self.shards.read(key, fields) if key in self.shards else None
+
+    def missing(self, asked: Iterable[Entry]) -> list[Entry]:
+        return [entry for entry in asked if entry.key(self.about.identity) not in self.shards]
+
+    def refuse(self, asked: int) -> ValueError:
+        return ValueError(
+            f"{self.what} lacks {asked} of the sequences that it is asked about: run "
+            "`dudi cache-teacher` again with this recipe"
+        )
+
+
+def asked_of(packed: Packed) -> list[Entry]:
+    return [Entry(*sequence) for sequence in sequences(packed) if sequence.response]
+
+
+class CachedTop(KnownTop):
+    """The likeliest tokens of each row, from a cache."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.cache = Cache(folder, "topk")
+        about = self.cache.about
+        super().__init__(self.cache.tokenizer, about.vocab_size, self.cache.what)
+
+    def top(self, packed: Packed) -> TopKTeacher:
+        found = [self.cache.read(entry, "ids", "log_probs") for entry in asked_of(packed)]
+        rows = [entry for entry in found if entry is not None]
+        if len(rows) < len(found):
+            raise self.cache.refuse(len(found) - len(rows))
+        k = self.cache.about.top_k or 1
+        none = [torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k)]
+        ids, log_probs = (torch.cat(part)[packed.order] for part in zip(none, *rows, strict=True))
+        return TopKTeacher(ids.long(), log_probs)
+
+
+class CachedStates(KnownStates):
+    """Final hidden states from a cache; those that it lacks from a live teacher.
+
+    Raises ValueError for a live teacher that is not the one that was cached.
     """
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, folder: str | Path, live: Any = None) -> None:
-        path = Path(folder).expanduser()
-        about = read_about(path)
-        what = f"the teacher in teacher_cache {str(folder)!r}"
-        super().__init__(str(path / TOKENIZER), about.vocab_size, what)
-        if live is not None and teacher_identity(live) != about.identity:
+        cache = Cache(folder, "hidden")
+        super().__init__(cache.tokenizer, cache.about.vocab_size, cache.what)
+        if live is not None and teacher_identity(live) != cache.about.identity:
             raise ValueError(
-                f"{what} is not the live one: it was made with {about.teacher!r}, of other weights "
-                "or another precision"
+                f"{cache.what} is not the live one: it was made with {cache.about.teacher!r}, of "
+                "other weights or another precision"
             )
-        self.about, self.live = about, live
-        self.shards = Shards(path, about.header, AGAIN)
+        self.cache, self.live = cache, live
         if live is None:
-            self._load_head(path)
+            self._load_head()
 
-    def _load_head(self, folder: Path) -> None:
-        file = open_named(folder / self.about.head, self.about.header, AGAIN)
+    def _load_head(self) -> None:
+        about = self.cache.about
+        file = open_named(self.cache.folder / about.head, about.header, AGAIN)
         for name in ("weight", "bias"):
             tensor = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
             value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -158,36 +211,30 @@ class CachedStates(KnownStates):
     def head(self) -> LMHead:
         if self.live is not None:
             return lm_head(self.live)
-        return LMHead(self.weight, self.bias, self.about.softcap, self.about.scale)
+        about = self.cache.about
+        return LMHead(self.weight, self.bias, about.softcap, about.scale)
 
     def hidden(self, packed: Packed, padding_free: bool = False) -> Tensor:
         """(N, E) final hidden states of the rows that predict response tokens, in the head's
         dtype."""
-        asked = [Entry(*sequence) for sequence in sequences(packed) if sequence.response]
-        keys = [entry.key(self.about.identity) for entry in asked]
-        absent = [i for i, key in enumerate(keys) if key not in self.shards]
-        weight = self.head.weight
+        asked, weight = asked_of(packed), self.head.weight
+        found = [self.cache.read(entry, "hidden") for entry in asked]
         states = {
-            i: self.shards.read(key, ["hidden"])[0].to(weight.device, weight.dtype)
-            for i, key in enumerate(keys)
-            if key in self.shards
+            i: rows[0].to(weight.device, weight.dtype)
+            for i, rows in enumerate(found)
+            if rows is not None
         }
+        absent = [i for i in range(len(asked)) if i not in states]
         if absent:
-            found = self._live([asked[i] for i in absent], padding_free)
-            states |= zip(absent, found, strict=True)
+            read = self._live([asked[i] for i in absent], padding_free)
+            states |= zip(absent, read, strict=True)
         none = weight.new_zeros(0, weight.shape[1])
         return torch.cat([none, *(states[i] for i in range(len(asked)))])[packed.order]
 
     def _live(self, asked: list[Entry], padding_free: bool) -> Sequence[Tensor]:
         if self.live is None:
-            raise ValueError(
-                f"{self.what} lacks {len(asked)} of the sequences that it is asked about: run "
-                "`dudi cache-teacher` again with this recipe"
-            )
+            raise self.cache.refuse(len(asked))
         return states_of(self.live, asked, self.head.weight.device, padding_free)
-
-    def missing(self, asked: Iterable[Entry]) -> list[Entry]:
-        return [entry for entry in asked if entry.key(self.about.identity) not in self.shards]
 
 
 def states_of(
@@ -217,8 +264,15 @@ def open_cache(args: Any, load_live: Callable[[], Any]) -> KnownTeacher:
             f"teacher_cache {args.teacher_cache!r} was made with {about.teacher!r}, not with "
             f"teacher_model_name_or_path={named!r}"
         )
+    if about.kind == "topk" and 1 not in args.taught_sides:
+        return CachedTop(args.teacher_cache)
     live = None
     if 1 in args.taught_sides:
+        if about.kind == "topk":
+            raise ValueError(
+                f"on_policy_weight must be 0 and reference not 'teacher' with likeliest tokens in "
+                f"teacher_cache {args.teacher_cache!r}: they are of given responses"
+            )
         live = load_live()
         if live is not None:
             LMHead.check(live)
@@ -246,115 +300,14 @@ def columns_asked(args: Any, split: str) -> list[str]:
 def check_complete(teacher: Any, dataset: Any, args: Any, pairing: Any, split: str) -> None:
     """Raise unless the cache has all that the run will ask about a split."""
     taught = split != "train" or 0 in args.taught_sides
-    if not isinstance(teacher, CachedStates) or dataset is None or not taught:
+    if not isinstance(teacher, (CachedStates, CachedTop)) or dataset is None or not taught:
         return
     asked = entries(dataset, columns_asked(args, split), pairing)
-    lacking = teacher.missing(asked)
-    if lacking and not (teacher.live is not None and split != "train"):
+    lacking = teacher.cache.missing(asked)
+    live = getattr(teacher, "live", None)
+    if lacking and not (live is not None and split != "train"):
         raise ValueError(
             f"teacher_cache {args.teacher_cache!r} lacks {len(lacking)} of {len(asked)} entries "
             f"for the {split} dataset: run `dudi cache-teacher` again with this recipe (prompts, "
             "templates, limits of length and tokenizers decide what is asked)"
         )
-
-
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def describe_teacher(model: Any, folder: Path) -> About:
-    """What the cache will say of itself; the head is written on the way."""
-    head = lm_head(model)
-    if head.lora is not None:
-        raise ValueError(
-            "a teacher whose head is adapted by a LoRA can't be cached: merge it first"
-        )
-    identity = teacher_identity(model)
-    header = {"format": FORMAT, "kind": "hidden", "teacher": identity}
-    tensors = {"weight": head.weight.detach()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach()
-    path = save_named(folder, HEAD, tensors, header)
-    return About(
-        kind="hidden",
-        teacher=getattr(model.config, "_name_or_path", "") or "a model in memory",
-        identity=identity,
-        vocab_size=head.vocab_size,
-        width=head.width,
-        head=path.name,
-        softcap=head.softcap,
-        scale=head.scale,
-    )
-
-
-def begin(folder: Path, model: Any, tokenizer: Any) -> About:
-    """cache.json, head and tokenizer of a new folder; of one that is there, what it must be."""
-    if not (folder / CACHE_FILE).exists():
-        _check_empty(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        about = describe_teacher(model, folder)
-        tokenizer.save_pretrained(folder / TOKENIZER)
-        content = asdict(about) | {"digest": about.digest}
-        write_text(folder / CACHE_FILE, json.dumps(content, indent=1))
-        return about
-    about = read_about(folder)
-    if about.identity != teacher_identity(model):
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds a cache of {about.teacher!r}, of other weights or "
-            "another precision: choose another folder"
-        )
-    return about
-
-
-def _check_empty(folder: Path) -> None:
-    """A head or a tokenizer may be there, of a run that was killed at its start."""
-    ours = {TOKENIZER, CACHE_FILE + ".tmp"}
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name not in ours and not path.name.startswith(HEAD):
-                raise ValueError(
-                    f"output_dir {str(folder)!r} must be empty or hold a teacher's cache, it holds "
-                    f"{path.name}"
-                )
-    elif folder.exists():
-        raise ValueError(f"output_dir {str(folder)!r} is a file")
-
-
-@torch.no_grad()
-def write_cache(
-    folder: Path,
-    model: Any,
-    tokenizer: Any,
-    asked: Iterable[Entry],
-    *,
-    batch_size: int = 16,
-    shard_bytes: int = 2**28,
-    tell: Tell | None = None,
-) -> tuple[int, int]:
-    """Fill the folder with what the model says of `asked`; what is there is kept.
-
-    Returns how many entries were made and how many were there. A shard is written whenever
-    `shard_bytes` are full, so that much is lost when the process is killed.
-    """
-    about = begin(folder, model, tokenizer)
-    done = Shards(folder, about.header, AGAIN)
-    open_named(folder / about.head, about.header, AGAIN)
-    wanted = {entry.key(about.identity): entry for entry in asked}
-    left = [(key, entry) for key, entry in wanted.items() if key not in done]
-    left.sort(key=lambda item: len(item[1].prompt) + len(item[1].response))
-    writer = ShardWriter(folder, about.header, shard_bytes)
-    device = lm_head(model).weight.device
-    for start in range(0, len(left), batch_size):
-        batch = left[start : start + batch_size]
-        states = states_of(model, [entry for _, entry in batch], device)
-        for (key, _), rows in zip(batch, states, strict=True):
-            _require_finite(rows, about.teacher)
-            writer.add(key, {"hidden": rows.to(torch.bfloat16).cpu()})
-        if tell is not None:
-            tell(start + len(batch), len(left))
-    writer.flush()
-    return len(left), len(wanted) - len(left)
-
-
-def _require_finite(rows: Tensor, teacher: str) -> None:
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"the hidden states of {teacher!r} are not finite: nothing to learn from")

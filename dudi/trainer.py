@@ -43,6 +43,7 @@ from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
 from dudi.known import KnownTeacher
+from dudi.known_signals import dudi_loss
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -56,6 +57,7 @@ from dudi.models import (
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
+from dudi.served import open_server
 from dudi.signals import (
     Packed,
     causal_lm,
@@ -75,7 +77,7 @@ from dudi.teaching import (
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
+from dudi_kernels import linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -144,7 +146,7 @@ class DuDiTrainer(Trainer):
 
             set_seed(args.seed)  # the adapter's first weights are drawn
             student = get_peft_model(student, peft_config)
-        teacher = self._load_teacher(teacher_model, args)
+        teacher = self._load_teacher(teacher_model, args, tokenizer)
         check_models(student, teacher)
         self.known = teacher if isinstance(teacher, KnownTeacher) else None
         self.bridge = Bridge(tokenizer)
@@ -213,7 +215,7 @@ class DuDiTrainer(Trainer):
         return load_tokenizer(name, "the tokenizer of model")
 
     @staticmethod
-    def _load_teacher(teacher_model: Any, args: DuDiConfig) -> Any:
+    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any) -> Any:
         if not args.needs_teacher:
             return None
         source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -224,6 +226,8 @@ class DuDiTrainer(Trainer):
 
         if args.teacher_cache is not None:
             return open_cache(args, load)
+        if args.teacher_url is not None:
+            return open_server(args, tokenizer)
         if source is None:
             raise ValueError(
                 "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
@@ -445,11 +449,10 @@ class DuDiTrainer(Trainer):
             weight = _row_weight(
                 weight, packed.segment_ids % batch.responses.group == 0, batch.totals
             )
-        return linear_dudi_loss(
+        return dudi_loss(
             hidden,
             lm_head(module),
-            None if taught is None else taught.hidden,
-            None if taught is None else taught.head,
+            taught,
             packed.targets,
             packed.segment_ids,
             preference_loss=a.preference_loss,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_teaching import ALONE, GIVEN, step, teacher_tokenizer
+from test_teaching import ALONE, GIVEN, kl, log_probs, step, teacher_tokenizer
 
 from dudi import cli, teacher_cache
-from dudi.caching import asked_by
+from dudi.caching import HiddenStates, LikeliestTokens, asked_by, write_cache
 from dudi.callbacks import read_jsonl
 from dudi.demo_data import translation_rows
-from dudi.teacher_cache import CachedStates, Entry, write_cache
+from dudi.teacher_cache import CachedStates, CachedTop, Entry
 from dudi.trainer import DuDiTrainer
 
 ROWS = 12
@@ -40,8 +40,17 @@ def trainer(
     )
 
 
-def cached(made: DuDiTrainer, folder: Path, **options: Any) -> tuple[int, int]:
-    return write_cache(folder, made.teacher, made.bridge.tokenizer, asked_by(made), **options)
+def cached(
+    made: DuDiTrainer, folder: Path, top_k: int = 0, asked: Any = None, **options: Any
+) -> tuple[int, int]:
+    source = LikeliestTokens(made.teacher, top_k, tiny.VOCAB) if top_k else None
+    return write_cache(
+        folder,
+        source or HiddenStates(made.teacher),
+        made.bridge.tokenizer,
+        asked_by(made) if asked is None else asked,
+        **options,
+    )
 
 
 def a_teacher(own: Any = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -94,7 +103,7 @@ def test_states_are_those_of_each_response_rounded_once(tmp_path: Path) -> None:
     for entry in asked_by(live)[:4]:
         ids = torch.tensor([[*entry.prompt, *entry.response]])
         states = live.teacher.model(ids).last_hidden_state[0, len(entry.prompt) - 1 : -1]
-        (found,) = store.shards.read(entry.key(store.about.identity), ["hidden"])
+        (found,) = store.cache.read(entry, "hidden") or []
         assert found.dtype == torch.bfloat16
         assert (found.float() - states).norm() <= 3e-3 * states.norm()
 
@@ -103,7 +112,7 @@ def test_what_was_made_is_kept_and_the_rest_is_added(tmp_path: Path) -> None:
     live, folder = trainer(tmp_path / "live", a_teacher()), tmp_path / "cache"
     asked = asked_by(live)
     count = len({entry.key("") for entry in asked})
-    half = write_cache(folder, live.teacher, live.bridge.tokenizer, asked[: ROWS // 2])
+    half = cached(live, folder, asked=asked[: ROWS // 2])
     before = {path.name for path in folder.iterdir()}
     (folder / "shard-0123.tmp").write_bytes(b"half of a shar")  # as a kill leaves it
     assert cached(live, folder, shard_bytes=1) == (count - half[0], half[0])
@@ -117,7 +126,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import tiny, test_teacher_cache as t
-from dudi import shards, teacher_cache
+from dudi import caching, shards
 whole, left = shards.save_named, [4]
 def dies(folder, prefix, tensors, header):
     left[0] -= 1
@@ -125,7 +134,7 @@ def dies(folder, prefix, tensors, header):
         (folder / "shard-torn.tmp").write_bytes(b"torn")
         os.kill(os.getpid(), 9)
     return whole(folder, prefix, tensors, header)
-shards.save_named = teacher_cache.save_named = dies
+shards.save_named = caching.save_named = dies
 live = t.trainer(Path(sys.argv[1]) / "live", t.a_teacher())
 t.cached(live, Path(sys.argv[1]) / "cache", shard_bytes=1)
 """
@@ -143,6 +152,77 @@ def test_a_killed_writer_leaves_whole_shards_to_go_on_from(tmp_path: Path) -> No
     made, kept = cached(live, tmp_path / "cache")
     assert kept == 2 and made == ROWS - 2  # the head is written first
     trainer(tmp_path / "run", None, teacher_cache=str(tmp_path / "cache"))
+
+
+# ---- likeliest tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"off_policy_divergence": "jsd", "teacher_skip_tokens": 2},
+        {"ce_weight": 0.3},
+        {"preference_weight": 0.5, "reference": "initial", "num_generations": 2},
+    ],
+)
+def test_all_tokens_are_the_live_teacher(tmp_path: Path, settings: dict[str, Any]) -> None:
+    live = trainer(tmp_path / "live", a_teacher(), **settings)
+    cached(live, tmp_path / "cache", top_k=tiny.VOCAB)
+    known = trainer(tmp_path / "run", None, teacher_cache=str(tmp_path / "cache"), **settings)
+    assert isinstance(known.teacher, CachedTop) and not list(known.teacher.parameters())
+    results = []
+    for made in (live, known):
+        _, output = step(made)
+        output.loss.backward()
+        results.append((output, made.model.model.embed_tokens.weight.grad))
+    (want, want_grad), (got, got_grad) = results
+    off = not live.args.preference_weight and not live.args.ce_weight
+    unread = {"preference_loss", "margins", "ce_loss"} if off else set()
+    for name in set(want._fields) - unread:
+        a, b = getattr(want, name).double(), getattr(got, name).double()
+        assert (a - b).norm() <= 2e-5 * a.norm() + 1e-7, name
+    assert (got_grad - want_grad).norm() <= 1e-5 * want_grad.norm()
+
+
+def test_few_tokens_are_classes_and_a_bucket(tmp_path: Path) -> None:
+    live = trainer(tmp_path / "live", a_teacher())
+    cached(live, tmp_path / "cache", top_k=5)
+    known = trainer(tmp_path / "run", None, teacher_cache=str(tmp_path / "cache"))
+    batch, output = step(known)
+    p = log_probs(live.teacher, batch.lesson.seen).exp()
+    q = log_probs(known.model, batch.student).exp()
+    ids = p.topk(5).indices
+    p, q = (torch.cat([x.gather(1, ids), 1 - x.gather(1, ids).sum(1, True)], 1) for x in (p, q))
+    assert output.off_policy_loss.item() == pytest.approx(kl(p, q).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 2.0}, r"temperature must be 1.0 with the teacher in teacher_cache"),
+        ({"teacher_temperature": 0.5}, "teacher_temperature must be 1 with"),
+        ({"teacher_top_p": 0.9}, r"teacher_top_p must be 1.0 with"),
+        ({"confidence_gating": 0.5}, r"confidence_gating must be 0.0 with"),
+        ({"gradient_tolerance": 0.01}, r"gradient_tolerance must be 0.0 with"),
+        ({"on_policy_weight": 1.0}, "on_policy_weight must be 0 and reference not 'teacher' with"),
+        ({"lexicon": "x.tsv"}, "there must be no lexicon"),
+    ],
+)
+def test_what_likeliest_tokens_can_not_do(
+    made_topk: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "x.tsv").write_text("network\tjaringan\tid\n")
+    if "lexicon" in settings:
+        settings = {"lexicon": str(tmp_path / "x.tsv")}
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "run", None, teacher_cache=str(made_topk), **settings)
+
+
+@pytest.fixture(scope="module")
+def made_topk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("topk")
+    cached(trainer(folder / "live", a_teacher()), folder / "cache", top_k=3)
+    return folder / "cache"
 
 
 # ---- beside a live teacher -----------------------------------------------------------------------
@@ -223,7 +303,7 @@ def test_a_shard_of_another_teacher_is_named(cache: Path, tmp_path: Path) -> Non
     shutil.copy(shard, cache)
     with pytest.raises(ValueError, match=f"{shard.name} does not belong here: its teacher is"):
         CachedStates(cache)
-    with pytest.raises(ValueError, match=r"holds a cache of .*choose another folder"):
+    with pytest.raises(ValueError, match=r"with another teacher: choose another folder"):
         cached(other, cache)
 
 
@@ -330,19 +410,22 @@ def on_disk(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("kind", "rtol"), [([], BF16_RTOL), (["--cache", "topk", f"--cache_top_k={tiny.VOCAB}"], 1e-5)]
+)
 def test_the_command_and_a_run_whose_teacher_is_gone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: list[str], rtol: float
 ) -> None:
     on_disk(tmp_path)
     recipe, cache = ["--config", str(tmp_path / "recipe.yaml")], tmp_path / "cache"
     assert cli.main(["train", *recipe, "--output_dir", str(tmp_path / "live")]) == 0
-    assert (
-        cli.main(["cache-teacher", *recipe, "--output_dir", str(cache), "--batch_size", "5"]) == 0
-    )
+    made = ["cache-teacher", *recipe, *kind, "--output_dir", str(cache), "--batch_size", "5"]
+    assert cli.main(made) == 0
     assert f"{2 * ROWS} entries written, 0 were there" in capsys.readouterr().out
-    assert {p.name.split("-")[0] for p in cache.iterdir()} == {
-        "cache.json", "tokenizer", "head", "shard"
-    }  # fmt: skip
+    names = {p.name.split("-")[0] for p in cache.iterdir()}
+    assert names - {"head"} == {"cache.json", "tokenizer", "shard"} and ("head" in names) != bool(
+        kind
+    )
     shutil.rmtree(tmp_path / "teacher")
     options = [*recipe, "--teacher_cache", str(cache), "--output_dir", str(tmp_path / "run")]
     assert cli.main(["train", *options]) == 0
@@ -351,7 +434,7 @@ def test_the_command_and_a_run_whose_teacher_is_gone(
         lines = [r["loss"] for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r]
         after = json.loads((tmp_path / name / "evaluation.json").read_text())["after"]["mean"]
         figures.append([*lines, after["kl_to_teacher"], after["nll_per_token"]])
-    assert figures[1] == pytest.approx(figures[0], rel=BF16_RTOL)
+    assert figures[1] == pytest.approx(figures[0], rel=rtol)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +442,8 @@ def test_the_command_and_a_run_whose_teacher_is_gone(
     [
         (["--off_policy_weight", "0", "--on_policy_weight", "1"], "off_policy_weight must be"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--cache", "logits"], "cache must be one of hidden, topk, got 'logits'"),
+        (["--cache", "topk", "--cache_top_k", "99999"], "cache_top_k must be at most 16384"),
         (["--output_dir", "{folder}"], "must be empty or hold a teacher's cache, it holds"),
         (
             ["--verbalizer_templates", "{en: '{{ student_completion }}'}", "--on_policy_weight=1"],
