@@ -44,8 +44,14 @@ class Packed(NamedTuple):
         return Packed(groups, *(t.to(device) for t in self[1:]))
 
 
+COMPILED = "_dudi_compiled"  # attribute of a body
 PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of rounding
 MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
+
+
+def number_of_groups(sequences: int) -> int:
+    """Forward passes that so many sequences are packed for."""
+    return max(1, min(MOST_GROUPS, sequences // SMALLEST_GROUP))
 
 
 def pack(
@@ -56,7 +62,7 @@ def pack(
 ) -> Packed:
     """Put each response right after its prompt, padding last, so no row comes from a PAD token."""
     sequences = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
-    count = max(1, min(MOST_GROUPS, len(sequences) // SMALLEST_GROUP))
+    count = number_of_groups(len(sequences))
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     parts = [part.tolist() for part in torch.tensor(by_length).tensor_split(count)]
     groups = tuple(
@@ -104,6 +110,7 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
     if body is lm:
         raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
     rows = []
+    body = body.__dict__.get(COMPILED, body)
     for ids, attention_mask, row_mask in packed.groups:
         if padding_free:
             there = attention_mask.bool()
@@ -114,6 +121,12 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
             output = body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             rows.append(output.last_hidden_state[row_mask])
     return torch.cat(rows)[packed.order]
+
+
+def compile_body(model: nn.Module) -> None:
+    """Let `response_hidden` run a compiled body; `generate`, with its growing cache, does not."""
+    body = causal_lm(model).base_model
+    body.__dict__[COMPILED] = torch.compile(body, dynamic=True)  # no submodule: no second weights
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ from dudi.signals import (
     Packed,
     causal_lm,
     check_padding_free,
+    compile_body,
     lm_head,
     pack,
     redirected_forward,
@@ -167,10 +168,12 @@ class DuDiTrainer(Trainer):
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
-        if args.padding_free:
-            for who, own in (("student", student), ("teacher", teacher)):
-                if own is not None and not isinstance(own, KnownTeacher):
-                    check_padding_free(own, who)
+        body = getattr(teacher, "live", None) if self.known is not None else teacher
+        for who, own in (("student", student), ("teacher", body)):
+            if own is not None and args.padding_free:
+                check_padding_free(own, who)
+            if own is not None and args.compile_bodies:
+                compile_body(own)
         self.meter = Meter()
         self.teaching = Teaching(
             self.bridge, self.verbalizer, args, tokenizer, self.meter, train_dataset
