@@ -219,12 +219,14 @@ class CachedStates(KnownStates):
         dtype."""
         asked, weight = asked_of(packed), self.head.weight
         found = [self.cache.read(entry, "hidden") for entry in asked]
-        states = {
-            i: rows[0].to(weight.device, weight.dtype)
-            for i, rows in enumerate(found)
-            if rows is not None
-        }
-        absent = [i for i in range(len(asked)) if i not in states]
+        there = {i: rows[0] for i, rows in enumerate(found) if rows is not None}
+        absent = [i for i in range(len(asked)) if i not in there]
+        states: dict[int, Tensor] = {}
+        if there:  # in one copy to the device
+            together = torch.cat(list(there.values())).to(weight.device, weight.dtype)
+            states |= zip(
+                there, together.split([len(rows) for rows in there.values()]), strict=True
+            )
         if absent:
             read = self._live([asked[i] for i in absent], padding_free)
             states |= zip(absent, read, strict=True)

@@ -22,7 +22,7 @@ from dudi.rows import Reader, TeacherPrompts
 from dudi.verbalize import ContextVerbalizer
 
 TEACHER = str(data_path("teacher"))
-ROWS = translation_rows("test")[:10]
+ROWS = translation_rows("test")[:6]
 
 
 def write_data(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -40,7 +40,7 @@ def words(folder: Path, rows: list[dict[str, Any]] | None = None, **options: Any
         "context_verbalizer": False,
         "max_completion_length": 24,
         "sampling_temperature": 0.0,
-        "batch_size": 4,
+        "batch_size": 2,
         "use_cpu": True,
         "report_to": "none",
     }
@@ -91,7 +91,7 @@ def test_what_the_teacher_writes_is_a_dataset_to_train_on(tmp_path: Path) -> Non
         ]
         assert got["prompt"] == row["prompt"] and got["pivot_prompt"] == row["pivot_prompt"]
         assert got["provenance"]["tokens"] == len(written)
-    assert len(found) >= 5
+    assert len(found) >= 3
     sidecar = json.loads((tmp_path / "out.provenance.json").read_text())
     counts = sidecar["counts"]
     assert counts["responses"] + counts.get("truncated responses", 0) == len(ROWS)
@@ -215,7 +215,7 @@ def test_batches_start_with_the_longest_and_lose_nothing() -> None:
 def test_a_damaged_part_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, message: str
 ) -> None:
-    options = words(tmp_path, ROWS[:6])
+    options = words(tmp_path, ROWS[:4])
     assert cli.main([*options, "--shard", "1/2"]) == 0
     part = parts.part_path(tmp_path / "out.jsonl.parts", 0)
     damage(part)
@@ -230,11 +230,11 @@ def test_a_damaged_part_is_named(
 def test_other_settings_do_not_go_on_with_these_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*words(tmp_path, ROWS[:6]), "--shard", "1/2"]) == 0
-    assert cli.main(words(tmp_path, ROWS[:6], seed=3, max_completion_length=9)) == 2
+    assert cli.main([*words(tmp_path, ROWS[:4]), "--shard", "1/2"]) == 0
+    assert cli.main(words(tmp_path, ROWS[:4], seed=3, max_completion_length=9)) == 2
     error = told(capsys)
     assert "max_tokens was 24, is 9" in error and "seed was 42, is 3" in error
-    assert cli.main(words(tmp_path, ROWS[:5])) == 2
+    assert cli.main(words(tmp_path, ROWS[:3])) == 2
     assert "prompts was" in told(capsys)
 
 
@@ -250,7 +250,7 @@ def test_other_settings_do_not_go_on_with_these_parts(
         ({"teacher_model_name_or_path": "null"}, "teacher_model_name_or_path must be given"),
         ({"max_completion_length": "null", "preference_weight": 0, "on_policy_weight": 0},
          "max_completion_length must be a number"),
-        ({"max_completion_length": 1}, "no response is left to train on (10 rows"),
+        ({"max_completion_length": 1}, "no response is left to train on (6 rows"),
     ],
 )  # fmt: skip
 def test_refusals(

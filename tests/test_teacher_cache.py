@@ -64,7 +64,6 @@ def a_teacher(own: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         (False, {"teacher_skip_tokens": 2, "off_policy_divergence": "jsd"}),
         (False, {"confidence_gating": 0.5, "verbalized_share": 0.7, "ce_weight": 0.3}),
         (True, {"teacher_top_p": 0.8, "teacher_temperature": 0.7}),
-        (False, {"preference_weight": 0.5, "reference": "initial"}),
     ],
 )
 def test_losses_and_gradients_equal_those_of_the_live_teacher(
@@ -161,8 +160,7 @@ def test_a_killed_writer_leaves_whole_shards_to_go_on_from(tmp_path: Path) -> No
     "settings",
     [
         {"off_policy_divergence": "jsd", "teacher_skip_tokens": 2},
-        {"ce_weight": 0.3},
-        {"preference_weight": 0.5, "reference": "initial", "num_generations": 2},
+        {"ce_weight": 0.3, "preference_weight": 0.5, "num_generations": 2},
     ],
 )
 def test_all_tokens_are_the_live_teacher(tmp_path: Path, settings: dict[str, Any]) -> None:
