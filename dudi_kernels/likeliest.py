@@ -46,6 +46,8 @@ def likeliest_tokens(
     """
     rows = with_low(checks.side("", hidden, head))
     side = as_side(rows)
+    if side.head.shard is not None:
+        raise ValueError("head must not be sharded: its likeliest tokens may be another rank's")
     size, count = side.head.vocab_size, len(side.hidden)
     if checks.integer("k", k, 1) > size:
         raise ValueError(f"k must be at most the head's {size} rows, got {k}")

@@ -200,6 +200,29 @@ def test_the_cache_of_rollouts(tmp_path: Path) -> None:
     )  # a layer's is copied as it grows
 
 
+def test_several_samples_of_a_prompt(tmp_path: Path) -> None:
+    """More sequences everywhere; drawn a few at a time they take as many FLOPs and less memory."""
+    one, three, few = (
+        planned(taught(tmp_path, **settings))
+        for settings in (
+            {}, {"num_generations": 3}, {"num_generations": 3, "rollout_batch_size": 4},
+        )
+    )  # fmt: skip
+    assert (one.load.sides, three.load.sides, three.load.taught) == (2, 4, 4)
+    assert three.flops["sampling"] == pytest.approx(3 * one.flops["sampling"], rel=1e-2)
+    assert few.flops["sampling"] == pytest.approx(three.flops["sampling"], rel=1e-2)
+    assert few.phases[0].bytes < three.phases[0].bytes
+    assert three.flops["student forward"] == pytest.approx(2 * one.flops["student forward"])
+
+
+def test_what_a_reference_takes(tmp_path: Path) -> None:
+    kept = {"reference_dtype": "bfloat16"}, {"reference_on_cpu": True}
+    half, moved = (planned(taught(tmp_path, **own)).phases[-1].parts for own in kept)
+    assert half["reference copy"] == 2 * TRAINED and "reference copy" not in moved
+    adapter = {"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj"]}
+    assert "reference copy" not in planned(taught(tmp_path, **adapter)).phases[-1].parts
+
+
 def test_an_adapter_has_states_of_its_own_only(tmp_path: Path) -> None:
     adapter = {"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj"]}
     plan = planned(options(tmp_path, **SFT, **adapter))

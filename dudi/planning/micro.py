@@ -33,8 +33,9 @@ class Load(NamedTuple):
     prompt_length: int
     completion_length: int
     teacher_prompt_length: int
-    sides: int  # responses to each prompt: y+, y- or both
+    sides: int  # responses to each prompt: y+, and all y-
     taught: int  # of them, that the teacher scores
+    drawn: int = 0  # sequences that are sampled together
 
     @property
     def rows(self) -> int:

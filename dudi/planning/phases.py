@@ -89,9 +89,9 @@ def sample(spec: Spec, load: Load, precision: Precision, sampling: Sampling) -> 
     steps = load.completion_length - 1
 
     def extend(cache: Any, length: int, context: int) -> Any:
-        ids = torch.zeros(load.prompts, length, dtype=torch.long)
-        mask = torch.ones(load.prompts, context + length, dtype=torch.long)
-        with precision.region(), padded(model, load.prompts > 1):
+        ids = torch.zeros(load.drawn, length, dtype=torch.long)
+        mask = torch.ones(load.drawn, context + length, dtype=torch.long)
+        with precision.region(), padded(model, load.drawn > 1):
             output = model(
                 input_ids=ids,
                 attention_mask=mask,

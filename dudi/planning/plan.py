@@ -175,10 +175,11 @@ def _load(config: DuDiConfig, lengths: Lengths) -> Load:
         teacher_prompt = _length("teacher_prompt_length", lengths.teacher_prompt, limit)
     elif lengths.teacher_prompt is not None:
         raise ValueError("teacher_prompt_length: the teacher reads no prompt of its own")
-    sides = config.needs_given + config.needs_samples
-    taught = len(config.taught_sides) if config.needs_teacher else 0
+    samples = config.num_generations * config.needs_samples  # of each prompt
+    taught = sum((1, samples)[side] for side in config.taught_sides) * config.needs_teacher
     prompts = config.per_device_train_batch_size
-    return Load(prompts, prompt, completion, teacher_prompt, sides, taught)
+    sides, drawn = config.needs_given + samples, config.rollout_batch_size or prompts * samples
+    return Load(prompts, prompt, completion, teacher_prompt, sides, taught, drawn)
 
 
 def _length(name: str, given: int | None, limit: int | None) -> int:

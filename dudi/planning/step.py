@@ -59,7 +59,8 @@ def step_phases(
     if config.needs_samples:
         sampling = Sampling(config.rollout_temperature, config.top_p, config.top_k)
         peak = sample(student, load, precision, sampling)
-        add("sampling", peak.parts, peak.flops)
+        share = load.prompts * config.num_generations / load.drawn
+        add("sampling", peak.parts, round(peak.flops * share))
     if teacher is not None:
         refinement = Refinement(
             config.needs_plain_teacher,
@@ -112,6 +113,17 @@ def _needs_copy(config: DuDiConfig) -> bool:
     return config.preference_weight > 0 and config.reference in ("initial", "lagged")
 
 
+def _reference_bytes(student: Spec, config: DuDiConfig) -> int:
+    """Of the copy; a new adapter is switched off instead."""
+    model = build(student)
+    if not _needs_copy(config) or config.reference_on_cpu:
+        return 0
+    if config.reference == "initial" and hasattr(model, "disable_adapter"):
+        return 0
+    dtype = None if config.reference_dtype is None else getattr(torch, config.reference_dtype)
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in _trained(student))
+
+
 def standing(student: Spec, teacher: Spec | None, config: DuDiConfig, gpus: int) -> dict[str, int]:
     """What is in memory in every phase, from the second step on."""
     trained = _bytes(_trained(student))
@@ -119,7 +131,7 @@ def standing(student: Spec, teacher: Spec | None, config: DuDiConfig, gpus: int)
         STUDENT: _bytes(_tensors(student)),
         STATES: _optimizer(student, config).parts.get(STATES, 0),
         TEACHER: 0 if teacher is None else _bytes(_tensors(teacher)),
-        REFERENCE: trained * _needs_copy(config),
+        REFERENCE: _reference_bytes(student, config),
         BUCKETS: trained * (gpus > 1),
     }
     return {part: size for part, size in parts.items() if size}
