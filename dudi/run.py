@@ -277,6 +277,7 @@ def _check_inputs_stay(
         "model_name_or_path": script.model_name_or_path,
         "tokenizer_name_or_path": script.tokenizer_name_or_path,
         "teacher_tokenizer_name_or_path": config.teacher_tokenizer_name_or_path,
+        "teacher_cache": config.teacher_cache,
         "lexicon": config.lexicon,
         "vocabulary_verbalizer": _path(config.vocabulary_verbalizer),
         "teacher_model_name_or_path": config.teacher_model_name_or_path,

@@ -42,6 +42,8 @@ from dudi.checkpoints import (
 from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
+from dudi.known import KnownTeacher
+from dudi.known_signals import dudi_loss
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -55,6 +57,7 @@ from dudi.models import (
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
+from dudi.served import open_server
 from dudi.signals import (
     Packed,
     causal_lm,
@@ -65,6 +68,7 @@ from dudi.signals import (
     redirected_forward,
     response_hidden,
 )
+from dudi.teacher_cache import check_complete, open_cache
 from dudi.teaching import (
     Lesson,
     Responses,
@@ -74,7 +78,7 @@ from dudi.teaching import (
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
+from dudi_kernels import linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -143,8 +147,9 @@ class DuDiTrainer(Trainer):
 
             set_seed(args.seed)  # the adapter's first weights are drawn
             student = get_peft_model(student, peft_config)
-        teacher = self._load_teacher(teacher_model, args)
+        teacher = self._load_teacher(teacher_model, args, tokenizer)
         check_models(student, teacher)
+        self.known = teacher if isinstance(teacher, KnownTeacher) else None
         self.bridge = Bridge(tokenizer)
         if teacher is not None:
             self.bridge = build_bridge(
@@ -163,7 +168,8 @@ class DuDiTrainer(Trainer):
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
-        for who, own in (("student", student), ("teacher", teacher)):
+        body = getattr(teacher, "live", None) if self.known is not None else teacher
+        for who, own in (("student", student), ("teacher", body)):
             if own is not None and args.padding_free:
                 check_padding_free(own, who)
             if own is not None and args.compile_bodies:
@@ -212,10 +218,19 @@ class DuDiTrainer(Trainer):
         return load_tokenizer(name, "the tokenizer of model")
 
     @staticmethod
-    def _load_teacher(teacher_model: Any, args: DuDiConfig) -> Any:
+    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any) -> Any:
         if not args.needs_teacher:
             return None
         source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
+
+        def load() -> Any:
+            return source and load_model(source, args.teacher_model_init_kwargs, argument)
+
+        if args.teacher_cache is not None:
+            return open_cache(args, load)
+        if args.teacher_url is not None:
+            return open_server(args, tokenizer)
         if source is None:
             raise ValueError(
                 "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
@@ -223,8 +238,7 @@ class DuDiTrainer(Trainer):
                 f"reference={args.reference!r} need a teacher; set both weights to 0 and "
                 "ce_weight to 1 to train without one"
             )
-        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
-        return load_model(source, args.teacher_model_init_kwargs, argument)
+        return load()
 
     @staticmethod
     def _check_reporting(args: DuDiConfig) -> None:
@@ -254,6 +268,7 @@ class DuDiTrainer(Trainer):
             split_name=split,
         )
         self.data_counts[split] = counts
+        check_complete(self.known, prepared, args, self.bridge.pairing, split)
         return prepared
 
     # ---- sampling and packing ------------------------------------------------------------------
@@ -437,11 +452,10 @@ class DuDiTrainer(Trainer):
             weight = _row_weight(
                 weight, packed.segment_ids % batch.responses.group == 0, batch.totals
             )
-        return linear_dudi_loss(
+        return dudi_loss(
             hidden,
             lm_head(module),
-            None if taught is None else taught.hidden,
-            None if taught is None else taught.head,
+            taught,
             packed.targets,
             packed.segment_ids,
             preference_loss=a.preference_loss,
