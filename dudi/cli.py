@@ -335,7 +335,7 @@ def main(words: list[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-        return 1 if isinstance(error, RuntimeError) else 2  # ours: NonFiniteLossError
+        return 1 if isinstance(error, RuntimeError) else 2  # ours: a run that began and failed
     return 0
 
 
