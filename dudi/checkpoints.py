@@ -124,7 +124,11 @@ def _map_mismatches(saved: str | None, current: str | None) -> list[str]:
 
 # All that a run writes, and so all that overwriting it removes.
 MAP_FILE = "verbalizer.safetensors"
-FILES = ("run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html", MAP_FILE)
+BAD_ROWS_FILE = "bad_rows.jsonl"
+FILES = (
+    "run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html", MAP_FILE,
+    BAD_ROWS_FILE,
+)  # fmt: skip
 FOLDERS = ("model", "runs", STAGING)  # the final model, TensorBoard's events
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 

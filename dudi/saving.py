@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,22 +29,24 @@ class DiskError(RuntimeError):
 
 
 @contextmanager
-def disk_errors(path: Path, hint: str = "") -> Iterator[None]:
+def disk_errors(path: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     """Tell that `path` could not be written, whichever library found out."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise _told(path, error, hint) from error
+        raise _told(path, error, hint()) from error
     except RuntimeError as error:
         if TORCH_WRITER not in str(error):
             raise
-        raise _told(path, "a file was cut short", hint) from error
+        raise _told(path, "a file was cut short", hint()) from error
 
 
 def _told(path: Path, reason: object, hint: str) -> DiskError:
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free / 1e6
-    return DiskError(f"{path} could not be written: {reason} ({free:,.0f} MB are free). {hint}")
+    return DiskError(
+        f"{path} could not be written: {reason} ({free:,.0f} MB are free). {hint}".rstrip()
+    )
 
 
 def sync(path: Path) -> None:
@@ -57,10 +59,14 @@ def sync(path: Path) -> None:
 
 
 def seal(staged: Path, final: Path) -> None:
-    """Make a checkpoint that is complete durable and give it its name; one that has the name (of a
-    run that resumed from before it) goes."""
+    """Give a checkpoint that is complete its manifest and its name."""
     sizes = {str(p.relative_to(staged)): p.stat().st_size for p in _files(staged)}
     (staged / MANIFEST_FILE).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")
+    put_in_place(staged, final)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Make a folder durable and give it its name; one that has the name goes."""
     for path in (*_files(staged), *(p for p in staged.rglob("*") if p.is_dir()), staged):
         sync(path)
     if final.exists():

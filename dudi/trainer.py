@@ -32,6 +32,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import METRICS_FILE, Continuity, MetricsFile, write_text
 from dudi.checkpoints import (
+    BAD_ROWS_FILE,
     CONFIG_FILE,
     STATE_FILE,
     WINDOW_FILE,
@@ -56,7 +57,7 @@ from dudi.models import (
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
-from dudi.saving import STAGING, discard_staging, disk_errors, seal, sync
+from dudi.saving import STAGING, discard_staging, disk_errors, put_in_place, seal, sync
 from dudi.signals import (
     Packed,
     causal_lm,
@@ -161,6 +162,7 @@ class DuDiTrainer(Trainer):
             disable_dropout(student)
 
         self.data_counts: dict[str, dict[str, int]] = {}
+        self.bad_rows: list[dict[str, Any]] = []  # left out
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
@@ -252,6 +254,7 @@ class DuDiTrainer(Trainer):
             max_teacher_prompt_length=args.max_teacher_prompt_length,
             max_unpaired=args.max_unpaired,
             overlong=args.overlong,
+            quarantine=self.bad_rows if args.bad_rows == "skip" else None,
             split_name=split,
         )
         self.data_counts[split] = counts
@@ -633,6 +636,9 @@ class DuDiTrainer(Trainer):
         self.sampling.clear()
         if self.args.should_save:
             discard_staging(self._run_dir)
+            if self.bad_rows:
+                lines = "".join(json.dumps(row) + "\n" for row in self.bad_rows)
+                write_text(self._run_dir / BAD_ROWS_FILE, lines)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
             self._load_samples(checkpoint)
@@ -725,9 +731,9 @@ class DuDiTrainer(Trainer):
         final = run_dir / f"checkpoint-{self.state.global_step}"
         self._staging = True
         try:
-            with disk_errors(final, f"{self._last_good} Make room there and resume."):
+            with disk_errors(final, self._how_to_go_on):
                 super()._save_checkpoint(model, trial)
-                self._put_in_place(final)
+                self._complete(final)
         finally:
             self._staging = False
             if self.args.should_save:
@@ -736,7 +742,10 @@ class DuDiTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def _put_in_place(self, final: Path) -> None:
+    def _how_to_go_on(self) -> str:
+        return f"{self._last_good} Make room there and resume."
+
+    def _complete(self, final: Path) -> None:
         """Every rank has written its part; then the checkpoint gets its name, and old ones go."""
         staged = final.parent / STAGING / final.name
         best = self.state.best_model_checkpoint == str(staged)
@@ -791,6 +800,20 @@ class DuDiTrainer(Trainer):
                 f"{self._step_rows}; they were not saved. {self._last_good}"
             )
         super().save_model(output_dir, _internal_call)
+
+    def save_whole_model(self, folder: str | Path) -> None:
+        """`save_model` to a folder of its own, which is whole or not there."""
+        final = Path(folder)
+        staged = final.parent / STAGING / final.name
+        try:
+            with disk_errors(final, self._how_to_go_on):
+                self.save_model(str(staged))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    put_in_place(staged, final)
+        finally:
+            if self.args.should_save:
+                discard_staging(final.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with warnings.catch_warnings():

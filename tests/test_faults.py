@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-TEARS = [
+TEARS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("model.safetensors", cut_short, "model.safetensors has"),
     ("trainer_state.json", cut_short, "trainer_state.json has"),
     ("optimizer.pt", empty, "optimizer.pt has 0 bytes"),
@@ -240,3 +240,17 @@ def test_a_disk_error_tells_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DiskError, match=wanted):
         make(tmp_path, callbacks=[Break()]).train()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_final_model_is_whole_or_not_there(tmp_path: Path) -> None:
+    """As if killed in its write before, and with a full disk now."""
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    kept = tmp_path / "model"
+    with files_no_larger_than(1_000_000), pytest.raises(DiskError, match="model could not be wr"):
+        trainer.save_whole_model(kept)
+    assert not kept.exists() and not (tmp_path / STAGING).exists()
+    for _ in range(2):  # the second takes the place of the first
+        trainer.save_whole_model(kept)
+        assert (kept / "model.safetensors").stat().st_size > 1_000_000
+    assert not (tmp_path / STAGING).exists()
