@@ -50,7 +50,7 @@ demo-teacher: install  ## train the demo's teacher again and put it into the pac
 test: lint  ## lint, then all tests, in two processes (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-test-slow: install  ## what takes minutes: runs that are killed 20 times
+test-slow: install  ## what takes minutes: runs that are killed 20 times each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 $(PEERS_STAMP): $(STAMP) Makefile

@@ -44,6 +44,7 @@ def test_torchrun_ends_with_the_first_error(tmp_path: Path, fault: str, told: st
     assert "rank      : 1 (local_rank: 1)" in errors.partition("Root Cause")[2]
 
 
+@pytest.mark.slow
 def test_without_a_launcher_the_other_rank_ends_by_itself(tmp_path: Path) -> None:
     """As under srun or mpirun: nobody stops the ranks that are left."""
     with socket.socket() as free:
