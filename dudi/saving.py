@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 STAGING = "_saving"  # uploads to the Hub leave out what begins with _
 MANIFEST_FILE = "manifest.json"
+RUST_ERROR = "(os error "  # tokenizers tells of a failed write in a bare Exception
 TORCH_WRITER = "inline_container"  # torch.save tells of a failed write in a bare RuntimeError
 
 
@@ -33,12 +34,12 @@ def disk_errors(path: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     """Tell that `path` could not be written, whichever library found out."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise _told(path, error, hint()) from error
-    except RuntimeError as error:
-        if TORCH_WRITER not in str(error):
-            raise
-        raise _told(path, "a file was cut short", hint()) from error
+    except Exception as error:
+        if isinstance(error, OSError | SafetensorError) or RUST_ERROR in str(error):
+            raise _told(path, error, hint()) from error
+        if TORCH_WRITER in str(error):
+            raise _told(path, "a file was cut short", hint()) from error
+        raise
 
 
 def _told(path: Path, reason: object, hint: str) -> DiskError:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from dudi.callbacks import read_jsonl
 from dudi.checkpoints import last_checkpoint, why_not_whole
-from dudi.saving import STAGING, DiskError
+from dudi.saving import STAGING, DiskError, disk_errors
 from dudi.trainer import DuDiTrainer
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
@@ -205,7 +205,11 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
 
 @pytest.mark.parametrize(
     ("size", "reason"),
-    [(1_000_000, "File too large"), (3_000_000, "a file was cut short"), (100, "metrics.jsonl")],
+    [
+        (2_000_000, "Error while serializing: .*File too large"),
+        (3_000_000, "a file was cut short"),
+        (100, "metrics.jsonl"),
+    ],
     ids=["weights", "optimizer", "metrics"],
 )
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
@@ -223,6 +227,17 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["checkpoint-1"]
     make(tmp_path).train(resume_from_checkpoint=True)
     assert tiny.logged(tmp_path) == never_stopped
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("No space left on device (os error 28)"), RuntimeError("a fault of ours")]
+)
+def test_no_fault_but_the_disk_s_is_told_as_one(tmp_path: Path, error: Exception) -> None:
+    """tokenizers raises a bare Exception."""
+    wanted = DiskError if "os error" in str(error) else RuntimeError
+    with pytest.raises(wanted) as caught, disk_errors(tmp_path / "new" / "file"):
+        raise error
+    assert type(caught.value) is wanted
 
 
 def test_a_disk_error_tells_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
