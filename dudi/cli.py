@@ -4,7 +4,7 @@ demo.
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
 is told in one line (exit status 2; DUDI_DEBUG=1 shows the traceback), as is a run that failed by
-itself (a non-finite loss: 1); Ctrl-C exits with 130.
+itself (a non-finite loss, a full disk: 1); Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ TRAIN_GROUPS = {
         "served_top_k", "served_timeout", "served_retries", "served_concurrency",
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
         "dataset_test_split", "max_prompt_length", "max_completion_length",
-        "max_teacher_prompt_length", "overlong", "chat_template_kwargs",
+        "max_teacher_prompt_length", "overlong", "bad_rows", "chat_template_kwargs",
     ),
     "Signals": (
         "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
@@ -474,6 +474,14 @@ def _told_in_a_line(error: Exception) -> bool:
     return ours or isinstance(error, (ValueError, TypeError, OSError, ImportError))
 
 
+def _tell_launcher(error: Exception) -> None:
+    """torchrun's summary then says which rank failed first, and why."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def main(words: list[str] | None = None) -> int:
     """Entry point of the `dudi` command; returns the exit status."""
     try:
@@ -482,11 +490,12 @@ def main(words: list[str] | None = None) -> int:
         Console(stderr=True).print(Text(str(stop) or "Interrupted."), soft_wrap=True)
         return 130
     except Exception as error:
+        _tell_launcher(error)
         if os.environ.get("DUDI_DEBUG") == "1" or not _told_in_a_line(error):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-        return 1 if isinstance(error, RuntimeError) else 2  # ours: NonFiniteLossError
+        return 1 if isinstance(error, RuntimeError) else 2  # ours: a run that began and failed
     return 0
 
 

@@ -40,6 +40,7 @@ GENERATION_OPTIONS = (
     "begin_suppress_tokens", "renormalize_logits", "cache_implementation",
 )  # fmt: skip
 OVERLONG = ("truncate", "drop")
+BAD_ROWS = ("error", "skip")
 LEXICON_KINDS = ("lexicon", "concepts")
 COUNTS = (
     "reference_sync_steps", "max_prompt_length", "max_completion_length",
@@ -229,6 +230,11 @@ class DuDiConfig(TrainingArguments):
     overlong: str = _field(
         "truncate", "What happens to longer rows: truncate (prompts lose their middle) or drop."
     )
+    bad_rows: str = _field(
+        "error",
+        "What happens to rows that can't be read or tokenized: error, or skip (they are listed in "
+        "bad_rows.jsonl).",
+    )
     chat_template_kwargs: dict[str, Any] | None = _field(
         None, "Switches of both chat templates, such as {enable_thinking: false}."
     )
@@ -414,6 +420,7 @@ class DuDiConfig(TrainingArguments):
         if self.stop_strings is not None and not all(self.stop_strings):
             raise ValueError(f"stop_strings must not be empty, got {self.stop_strings!r}")
         _one_of("overlong", self.overlong, OVERLONG)
+        _one_of("bad_rows", self.bad_rows, BAD_ROWS)
         _one_of("unmatched", self.unmatched, UNMATCHED)
         _one_of("lexicon_kind", self.lexicon_kind, LEXICON_KINDS)
         for name in ("off_policy_divergence", "on_policy_divergence"):

@@ -384,7 +384,7 @@ def _train_and_evaluate(
     _write_info(trainer, info)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    trainer.save_model(str(folder / "model"))
+    trainer.save_whole_model(folder / "model")
     if evaluating:
         evaluate_and_write(trainer, "after", script, console)
         console.print(evaluation_table(_read(folder / "evaluation.json")))

@@ -27,17 +27,19 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from dudi.bridge import Bridge, MapSettings, build_bridge
-from dudi.callbacks import Continuity, MetricsFile, write_text
+from dudi.callbacks import METRICS_FILE, Continuity, MetricsFile, write_text
 from dudi.checkpoints import (
+    BAD_ROWS_FILE,
     CONFIG_FILE,
+    STATE_FILE,
     WINDOW_FILE,
-    is_whole,
     last_checkpoint,
     model_mismatches,
     run_mismatches,
+    why_not_whole,
 )
 from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
@@ -57,6 +59,7 @@ from dudi.models import (
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
+from dudi.saving import STAGING, discard_staging, disk_errors, put_in_place, seal, sync
 from dudi.served import open_server
 from dudi.signals import (
     Packed,
@@ -165,6 +168,7 @@ class DuDiTrainer(Trainer):
             disable_dropout(student)
 
         self.data_counts: dict[str, dict[str, int]] = {}
+        self.bad_rows: list[dict[str, Any]] = []  # left out
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
@@ -206,6 +210,7 @@ class DuDiTrainer(Trainer):
         self.known_scores = KnownScores()
         self._step_rows: list[int] = []  # the dataset rows of this step
         self._earlier_loss = 0.0  # summed over the steps before this process's
+        self._staging = False  # a checkpoint is being written
         self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
 
     # ---- construction --------------------------------------------------------------------------
@@ -265,6 +270,7 @@ class DuDiTrainer(Trainer):
             max_teacher_prompt_length=args.max_teacher_prompt_length,
             max_unpaired=args.max_unpaired,
             overlong=args.overlong,
+            quarantine=self.bad_rows if args.bad_rows == "skip" else None,
             split_name=split,
         )
         self.data_counts[split] = counts
@@ -644,6 +650,11 @@ class DuDiTrainer(Trainer):
             raise ValueError("train_dataset must be given")
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self.sampling.clear()
+        if self.args.should_save:
+            discard_staging(self._run_dir)
+            if self.bad_rows:
+                lines = "".join(json.dumps(row) + "\n" for row in self.bad_rows)
+                write_text(self._run_dir / BAD_ROWS_FILE, lines)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
             self._load_samples(checkpoint)
@@ -680,10 +691,12 @@ class DuDiTrainer(Trainer):
         if not resume:
             return None
         if resume is not True:
-            folder = Path(resume)
-            if not is_whole(folder):
-                raise ValueError(f"resume_from_checkpoint={resume!r} is not a whole checkpoint")
-            return folder
+            why = why_not_whole(Path(resume))
+            if why is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint={resume!r} is not a whole checkpoint: {why}"
+                )
+            return Path(resume)
         found = last_checkpoint(self._run_dir)
         if found is None:
             raise ValueError(
@@ -730,7 +743,52 @@ class DuDiTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "meter": self.meter.state(self.accelerator),
         }
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        self._staging = True
+        try:
+            with disk_errors(final, self._how_to_go_on):
+                super()._save_checkpoint(model, trial)
+                self._complete(final)
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                discard_staging(run_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _how_to_go_on(self) -> str:
+        return f"{self._last_good} Make room there and resume."
+
+    def _complete(self, final: Path) -> None:
+        """Every rank has written its part; then the checkpoint gets its name, and old ones go."""
+        staged = final.parent / STAGING / final.name
+        best = self.state.best_model_checkpoint == str(staged)
+        if best:
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        if best:
+            self.state.save_to_json(str(staged / STATE_FILE))
+        if (final.parent / METRICS_FILE).exists():
+            sync(final.parent / METRICS_FILE)  # a run that goes on appends to it
+        seal(staged, final)
+        rotate_checkpoints(
+            str(final.parent),
+            self.args.save_total_limit,
+            self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._staging else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # the Trainer would push before the rename
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """What else each rank has of its own: samples to come, and scores that it knows."""
@@ -758,6 +816,20 @@ class DuDiTrainer(Trainer):
                 f"{self._step_rows}; they were not saved. {self._last_good}"
             )
         super().save_model(output_dir, _internal_call)
+
+    def save_whole_model(self, folder: str | Path) -> None:
+        """`save_model` to a folder of its own, which is whole or not there."""
+        final = Path(folder)
+        staged = final.parent / STAGING / final.name
+        try:
+            with disk_errors(final, self._how_to_go_on):
+                self.save_model(str(staged))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    put_in_place(staged, final)
+        finally:
+            if self.args.should_save:
+                discard_staging(final.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with warnings.catch_warnings():
