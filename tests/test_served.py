@@ -98,7 +98,7 @@ def test_a_model_that_is_not_served(server: str) -> None:
         client.positions([1, 2, 3])
 
 
-# ---- the documented format, and what goes wrong ---------------------------------------------------
+# ---- the documented format, and what goes wrong --------------------------------------------------
 
 # In the form that vLLM documents; the prompt's own token comes with the k = 2 likeliest.
 RECORDED = {
