@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dudi.config import json_safe
 from dudi_kernels import LMHead
@@ -29,6 +29,13 @@ def load_model(
         return model
     kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
     return _load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs)
+
+
+def load_model_config(name: str, init_kwargs: dict[str, Any], argument: str) -> Any:
+    """The configuration of a name or path; no weight is read. ValueError names `argument`."""
+    return _load(
+        AutoConfig.from_pretrained, name, argument, {"trust_remote_code": False} | init_kwargs
+    )
 
 
 def load_tokenizer(name: str, argument: str) -> Any:

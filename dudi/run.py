@@ -99,12 +99,21 @@ def build_model(script: ScriptArguments, config: DuDiConfig, tokenizer: Any) -> 
 
 
 def _new_model(settings: dict[str, Any]) -> Any:
+    config = new_model_config(settings)
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ValueError(f"model_config can't be built: {error}") from error
+
+
+def new_model_config(settings: dict[str, Any]) -> Any:
+    """The transformers configuration of `model_config`; a setting that it lacks is an error."""
     try:
         known = AutoConfig.for_model(settings["model_type"]).to_dict().keys()
         for name in settings:
             if name not in known and name != "model_type":
                 raise ValueError(f"it has no setting {name!r}{nearest(name, known)}")
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        return AutoConfig.for_model(**settings)
     except Exception as error:
         raise ValueError(f"model_config can't be built: {error}") from error
 
