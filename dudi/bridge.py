@@ -121,7 +121,7 @@ def build_bridge(
             own,
             student_tokenizer,
             base=Verbalizer.identity(sizes[1]) if found is None else found,
-            kind=cast(Any, settings.lexicon_kind),  # the config checks it
+            kind=settings.lexicon_kind,
             share=settings.lexicon_share,
         )
     return Bridge(own, pairing, found)

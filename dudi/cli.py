@@ -1,4 +1,4 @@
-"""The `dudi` command: train, evaluate, verbalize, report, demo.
+"""The `dudi` command: train, evaluate, verbalize, lexicon, report, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -69,6 +69,28 @@ class VerbalizeArguments:
 
 
 @dataclass(kw_only=True)
+class LexiconArguments:
+    dataset_name: str = _option(
+        "Parallel rows: a file, a saved dataset's folder or a Hub id; demo: the embedded strings."
+    )
+    output: str = _option("The TSV file to write: pivot word, target word, language.")
+    pivot: str = _option("The pivot language's column.", "en")
+    languages: list[str] | None = _option(
+        "The other languages' columns; null: the rows have pivot_completion, completion, language.",
+        None,
+    )
+    tokenizer_name_or_path: str | None = _option(
+        "Cuts scripts without spaces between words (th, my, km, lo, ...) into words.", None
+    )
+    split: str = _option("Split to read.", "train")
+    min_count: int = _option("Rows that must have both words.", 3)
+    min_dice: float = _option(
+        "2 rows with both words / (rows with one + rows with the other).", 0.5
+    )
+    overwrite: bool = _option("Replace the file.", False)
+
+
+@dataclass(kw_only=True)
 class ReportArguments:
     run_dir: str = _option("Folder of a run, or of a demo.")
     output: str | None = _option("The HTML file; by default report.html in the folder.", None)
@@ -79,6 +101,7 @@ class DemoArguments:
     output_dir: str | None = _option("By default runs/demo, or runs/demo-teacher.", None)
     seed: int = _option("Seed of the students, their data order and samples.", 0)
     overwrite: bool = _option("Replace an earlier demo in output_dir.", False)
+    steps: int | None = _option("Optimizer steps after the warm start; null: 300.", None)
     teacher: bool = _option("Train the demo's teacher again instead.", False)
 
 
@@ -140,6 +163,15 @@ def verbalize(words: list[str], console: Console) -> None:
     run_inspection(script, config, **vars(shown), console=console)
 
 
+def lexicon(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    arguments = read_arguments(LexiconArguments, words)
+    from dudi.lexicon_build import run_lexicon
+
+    run_lexicon(**vars(arguments), console=console)
+
+
 def report(words: list[str], console: Console) -> None:
     from dudi.config import read_arguments
 
@@ -157,15 +189,17 @@ def demo(words: list[str], console: Console) -> None:
     arguments = read_arguments(DemoArguments, words)
     from dudi.demo import run_demo, train_teacher
 
-    run, folder = (
-        (train_teacher, "runs/demo-teacher") if arguments.teacher else (run_demo, "runs/demo")
-    )
-    run(
-        arguments.output_dir or folder,
-        seed=arguments.seed,
-        overwrite=arguments.overwrite,
-        console=console,
-    )
+    shared: dict[str, Any] = {
+        "seed": arguments.seed,
+        "overwrite": arguments.overwrite,
+        "console": console,
+    }
+    if not arguments.teacher:
+        run_demo(arguments.output_dir or "runs/demo", steps=arguments.steps, **shared)
+    elif arguments.steps is None:
+        train_teacher(arguments.output_dir or "runs/demo-teacher", **shared)
+    else:
+        raise ValueError("steps is for the students: it can't be given with teacher")
 
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -204,7 +238,7 @@ TRAIN_GROUPS = {
     "Optimisation": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
-        "padding_free",
+        "padding_free", "compile_bodies", "activation_checkpointing", "use_liger_kernel",
         "memory_budget", "gradient_tolerance",
     ),
     "Run": (
@@ -288,6 +322,12 @@ COMMANDS = {
         "dudi verbalize --config recipe.yaml [--rows N] [--name value ...]",
         "Show what the teacher reads and says, and what the student learns from it.",
     ),
+    "lexicon": Command(
+        lexicon,
+        shows(LexiconArguments),
+        "dudi lexicon --dataset_name DATA --output FILE.tsv [--name value ...]",
+        "Find words that translate each other in parallel rows, for the lexicon option.",
+    ),
     "report": Command(
         report,
         shows(ReportArguments),
@@ -297,7 +337,7 @@ COMMANDS = {
     "demo": Command(
         demo,
         shows(DemoArguments),
-        "dudi demo [--seed N] [--overwrite] [--teacher]",
+        "dudi demo [--seed N] [--steps N] [--overwrite] [--teacher]",
         "Distil a small multilingual student on the embedded data, in minutes.",
     ),
 }

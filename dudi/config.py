@@ -31,6 +31,7 @@ from dudi_kernels.verbalizer import UNMATCHED
 
 BEST_METRICS = ("loss", "nll_per_char", "nll_per_token", "kl_to_teacher")
 REFERENCES = ("initial", "lagged", "teacher", "none")
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 REFERENCE_DTYPES = ("float32", "bfloat16", "float16")
 # Of transformers.GenerationConfig, what may be set beside the options of our own.
 GENERATION_OPTIONS = (
@@ -199,6 +200,9 @@ class DuDiConfig(TrainingArguments):
         False,
         "Bodies read a micro-batch's sequences one after another, without padding (attention: "
         "flash_attention_2, or sdpa where sequences are short).",
+    )
+    compile_bodies: bool = _field(
+        False, "torch.compile of the bodies in training; sampling and evaluation stay as they are."
     )
 
     # data
@@ -429,19 +433,32 @@ class DuDiConfig(TrainingArguments):
         if self.needs_samples and self.max_completion_length is None:
             raise ValueError("max_completion_length must be a number where samples are drawn")
 
+    def _keep_the_loss(self) -> None:
+        """Liger's kernels for models, but never its losses."""
+        if not self.use_liger_kernel:
+            return
+        kernels = dict(self.liger_kernel_config or {})
+        for name in LIGER_LOSSES:
+            if kernels.setdefault(name, False):
+                raise ValueError(
+                    f"{name} of liger_kernel_config must be False: the loss is dudi_kernels'"
+                )
+        self.liger_kernel_config = kernels
+
     def _check_unsupported(self) -> None:
         """Options of TrainingArguments that this trainer can't honour."""
         wanted: dict[str, Any] = {
             "remove_unused_columns": False,
-            "use_liger_kernel": False,
             "label_smoothing_factor": 0.0,
-            "torch_compile": False,
             "neftune_noise_alpha": None,
         }
         for name, value in wanted.items():
             given = getattr(self, name)
             if given not in (value, None):
                 raise ValueError(f"{name} must be {value}: DuDiTrainer can't honour {given!r}")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile must be False: it is compile_bodies here")
+        self._keep_the_loss()
         if self.resume_from_checkpoint is not None:
             raise ValueError(
                 "resume_from_checkpoint is not read from the configuration: pass --resume, or "

@@ -43,6 +43,7 @@ class Packed(NamedTuple):
         return Packed(groups, *(t.to(device) for t in self[1:]))
 
 
+COMPILED = "_dudi_compiled"  # attribute of a body
 PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of rounding
 MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
 
@@ -101,6 +102,7 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
     if body is lm:
         raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
     rows = []
+    body = body.__dict__.get(COMPILED, body)
     for ids, attention_mask, row_mask in packed.groups:
         if padding_free:
             there = attention_mask.bool()
@@ -111,6 +113,12 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
             output = body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             rows.append(output.last_hidden_state[row_mask])
     return torch.cat(rows)[packed.order]
+
+
+def compile_body(model: nn.Module) -> None:
+    """Let `response_hidden` run a compiled body; `generate`, with its growing cache, does not."""
+    body = causal_lm(model).base_model
+    body.__dict__[COMPILED] = torch.compile(body, dynamic=True)  # no submodule: no second weights
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ from dudi.signals import (
     Packed,
     causal_lm,
     check_padding_free,
+    compile_body,
     lm_head,
     pack,
     redirected_forward,
@@ -162,10 +163,11 @@ class DuDiTrainer(Trainer):
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
-        if args.padding_free:
-            for who, own in (("student", student), ("teacher", teacher)):
-                if own is not None:
-                    check_padding_free(own, who)
+        for who, own in (("student", student), ("teacher", teacher)):
+            if own is not None and args.padding_free:
+                check_padding_free(own, who)
+            if own is not None and args.compile_bodies:
+                compile_body(own)
         self.meter = Meter()
         self.teaching = Teaching(
             self.bridge, self.verbalizer, args, tokenizer, self.meter, train_dataset

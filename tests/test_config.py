@@ -67,7 +67,10 @@ BASE: dict[str, Any] = {
         ({"reference_sync_steps": 0}, "reference_sync_steps"),
         ({"max_completion_length": None}, "max_completion_length must be a number"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        (
+            {"use_liger_kernel": True, "liger_kernel_config": {"cross_entropy": True}},
+            "cross_entropy of liger_kernel_config must be False",
+        ),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"torch_compile": True}, "torch_compile"),
         ({"deepspeed": "zero2.json"}, "DeepSpeed is not supported"),
