@@ -1,4 +1,4 @@
-"""The `dudi` command: train, evaluate, verbalize, lexicon, report, demo.
+"""The `dudi` command: train, plan, evaluate, verbalize, lexicon, report, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -91,6 +91,17 @@ class LexiconArguments:
 
 
 @dataclass(kw_only=True)
+class PlanArguments:
+    gpus: int = _option("Ranks, one a GPU.", 1)
+    gpu_memory: float | None = _option("GiB of each; says whether the run fits.", None)
+    prompt_length: int | None = _option("Tokens of all prompts; by default the limit.", None)
+    completion_length: int | None = _option("Tokens of all responses; the same.", None)
+    teacher_prompt_length: int | None = _option("Tokens of what the teacher reads first.", None)
+    strategy: str = _option("ddp; or fsdp, an estimate of what the trainer refuses.", "ddp")
+    json: str | None = _option("Write the figures to this JSON file.", None)
+
+
+@dataclass(kw_only=True)
 class ReportArguments:
     run_dir: str = _option("Folder of a run, or of a demo.")
     output: str | None = _option("The HTML file; by default report.html in the folder.", None)
@@ -170,6 +181,19 @@ def lexicon(words: list[str], console: Console) -> None:
     from dudi.lexicon_build import run_lexicon
 
     run_lexicon(**vars(arguments), console=console)
+
+
+def plan(words: list[str], console: Console) -> None:
+    from dudi.config import checked, field_types, read_options
+
+    config_file, overrides = _split_config(words)
+    own = field_types(PlanArguments)
+    options = read_options(config_file, overrides, own)
+    given = PlanArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
+    from dudi.planning.command import run_plan
+
+    settings = vars(given)
+    run_plan(options, json_file=settings.pop("json"), **settings, console=console)
 
 
 def report(words: list[str], console: Console) -> None:
@@ -291,6 +315,11 @@ def show_verbalize_options(console: Console) -> None:
     show_train_options(console)
 
 
+def show_plan_options(console: Console) -> None:
+    show_options(console, "What is planned", rows_of(PlanArguments).values())
+    show_train_options(console)
+
+
 def shows(cls: type) -> Callable[[Console], None]:
     return lambda console: show_options(console, "Options", rows_of(cls).values())
 
@@ -309,6 +338,12 @@ COMMANDS = {
         show_train_options,
         "dudi train --config recipe.yaml [--miniature] [--name value ...]",
         "Train a student with up to three signals; or a teacher, with cross-entropy alone.",
+    ),
+    "plan": Command(
+        plan,
+        show_plan_options,
+        "dudi plan --config recipe.yaml [--gpus N] [--gpu_memory GIB] [--name value ...]",
+        "Memory and FLOPs of a step before it runs, and what to change where it does not fit.",
     ),
     "evaluate": Command(
         evaluate,

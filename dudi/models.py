@@ -92,7 +92,7 @@ def check_positions(student: Any, teacher: Any, dataset: Any, args: Any) -> None
         ("student", student, "prompt_ids"),
         ("teacher", teacher, "teacher_prompt_ids"),
     ):
-        limit = None if model is None else _learned_positions(model)
+        limit = None if model is None else learned_positions(model)
         if limit is None:
             continue
         for row in dataset.select_columns(["row", column, "completion_ids"]):
@@ -104,7 +104,7 @@ def check_positions(student: Any, teacher: Any, dataset: Any, args: Any) -> None
                 )
 
 
-def _learned_positions(model: Any) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """Rows of a position embedding; None where positions are computed."""
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]

@@ -123,13 +123,18 @@ def build_peft_config(script: ScriptArguments) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=script.lora_r,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
+    return LoraConfig(**lora_settings(script))
+
+
+def lora_settings(script: ScriptArguments) -> dict[str, Any]:
+    """Fields of peft's LoraConfig."""
+    return {
+        "r": script.lora_r,
+        "lora_alpha": script.lora_alpha,
+        "lora_dropout": script.lora_dropout,
+        "target_modules": script.lora_target_modules,
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def load_test_set(script: ScriptArguments) -> Any:

@@ -48,6 +48,11 @@ PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
 
 
+def number_of_groups(sequences: int) -> int:
+    """Forward passes that so many sequences are packed for."""
+    return max(1, min(MOST_GROUPS, sequences // SMALLEST_GROUP))
+
+
 def pack(
     prompts: Sequence[Tensor],  # B of (P_i,)
     responses: Sequence[Tensor],  # B of (R_i,)
@@ -56,7 +61,7 @@ def pack(
 ) -> Packed:
     """Put each response right after its prompt, padding last, so no row comes from a PAD token."""
     sequences = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
-    count = max(1, min(MOST_GROUPS, len(sequences) // SMALLEST_GROUP))
+    count = number_of_groups(len(sequences))
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     parts = [part.tolist() for part in torch.tensor(by_length).tensor_split(count)]
     groups = tuple(

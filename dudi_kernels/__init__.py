@@ -18,6 +18,7 @@ from dudi_kernels.api import (
 from dudi_kernels.cost import MemoryPlan, plan_memory
 from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead, LoRA
+from dudi_kernels.shard import VocabularyShard
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 from dudi_kernels.topk import TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
@@ -38,6 +39,7 @@ __all__ = [
     "Tokens",
     "TopKTeacher",
     "Verbalizer",
+    "VocabularyShard",
     "align_responses",
     "linear_cross_entropy",
     "linear_distill",
