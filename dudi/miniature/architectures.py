@@ -100,10 +100,15 @@ def original(name: str, argument: str) -> Original:
     if found is not None:
         return Original(name, _config_of(found), found.family, is_chat(name))
     config = load_model_config(name, {}, argument)
-    rows = config.get_text_config().vocab_size
+    return Original(name, config, _nearest(config), is_chat(name))
+
+
+def _nearest(config: Any) -> Family:
+    """The tokenizer that a head of that size belongs to, or one of its own."""
+    rows, kind = config.get_text_config().vocab_size, config.model_type
     near = [f for f in FAMILIES if -2 < rows - f.tokens < MOST_PADDING]
-    family = min(near, key=lambda f: abs(rows - f.tokens)) if near else Family(f"of {rows}", rows)
-    return Original(name, config, family, is_chat(name))
+    alike = [f for f in near if f.name[:5] == kind[:5]]  # qwen2 and qwen3 differ by four tokens
+    return next(iter(alike or near), Family(f"of {rows}", rows))
 
 
 def _config_of(found: Known) -> Any:
@@ -159,7 +164,9 @@ def _smaller(config: Any, settings: dict[str, Any], width: int) -> dict[str, Any
     }
     names = getattr(config, "attribute_map", {})
     found = {names.get(name, name): size for name, size in sizes.items()}
-    smaller = {name: size for name, size in found.items() if settings.get(name) is not None}
+    smaller: dict[str, Any] = {
+        name: size for name, size in found.items() if settings.get(name) is not None
+    }
     if settings.get("layer_types"):
         smaller["layer_types"] = _some_of_each(settings["layer_types"])
     return smaller
@@ -167,8 +174,7 @@ def _smaller(config: Any, settings: dict[str, Any], width: int) -> dict[str, Any
 
 def _some_of_each(kinds: list[str]) -> list[str]:
     """Kinds of layers in their order, for LAYERS layers."""
-    different = list(dict.fromkeys(kinds))
-    return (different * LAYERS)[: max(LAYERS, len(different))][:LAYERS]
+    return (list(dict.fromkeys(kinds)) * LAYERS)[:LAYERS]
 
 
 def build(origin: Original, width: int, ids: dict[str, Any], seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""`dudi train --miniature`: run a recipe's miniature and tell what was checked and what was changed.
+"""`dudi train --miniature`: run a recipe's miniature; tell what was checked and changed.
 
 The run is an ordinary one, of `run_training`; what is told is read from what it wrote. It lies in
 the output_dir of the command line, or in a folder that is removed: never in the recipe's own, where
@@ -79,10 +79,9 @@ def check_signals(config: DuDiConfig, steps: list[dict[str, Any]]) -> None:
         raise ValueError(f"the miniature must take {STEPS} steps, it took {len(steps)}")
     for weight, loss in SIGNALS.items():
         values = [step.get(loss) for step in steps]
-        if getattr(config, weight) > 0 and not all(v is not None and math.isfinite(v) for v in values):
-            raise ValueError(
-                f"{weight} is {getattr(config, weight)}, but its losses are {values}"
-            )
+        finite = all(value is not None and math.isfinite(value) for value in values)
+        if getattr(config, weight) > 0 and not finite:
+            raise ValueError(f"{weight} is {getattr(config, weight)}, but its losses are {values}")
 
 
 # ---- what is told --------------------------------------------------------------------------------
@@ -190,8 +189,8 @@ def _adapter(model: Path) -> str | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    modules = ", ".join(sorted(found["target_modules"]))
-    return f"LoRA of rank {found['r']} on {modules}"
+    modules = {name.rpartition(".")[2] for name in found["target_modules"]}
+    return f"LoRA of rank {found['r']} on {', '.join(sorted(modules))}"
 
 
 def _changed(made: Miniature) -> Table:

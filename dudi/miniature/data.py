@@ -66,7 +66,9 @@ def first_row(dataset: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"dataset_name {dataset!r}, its first row, must hold JSON: {error}") from error
+        raise ValueError(
+            f"dataset_name {dataset!r}, its first row, must hold JSON: {error}"
+        ) from error
     return row if isinstance(row, dict) else None
 
 

@@ -162,9 +162,7 @@ def _student(options: dict[str, Any], small: dict[str, Any], folder: Path) -> tu
         return _new_student(options, small, folder)
     origin = original(name, "model_name_or_path")
     tokenizer = _tokenizer(origin, options.get("tokenizer_name_or_path"))
-    _save(origin, tokenizer, STUDENT_WIDTH, folder / "student")
-    small["model_name_or_path"] = str(folder / "student")
-    small.pop("tokenizer_name_or_path", None)  # it lies beside the model
+    small |= _save("", origin, tokenizer, STUDENT_WIDTH, folder / "student")
     return Model(name, origin.config.model_type, origin.family.name), tokenizer
 
 
@@ -195,9 +193,7 @@ def _teacher(options: dict[str, Any], small: dict[str, Any], folder: Path) -> Mo
         return None
     origin = original(name, "teacher_model_name_or_path")
     tokenizer = _tokenizer(origin, options.get("teacher_tokenizer_name_or_path"))
-    _save(origin, tokenizer, TEACHER_WIDTH, folder / "teacher")
-    small["teacher_model_name_or_path"] = str(folder / "teacher")
-    small.pop("teacher_tokenizer_name_or_path", None)
+    small |= _save("teacher_", origin, tokenizer, TEACHER_WIDTH, folder / "teacher")
     return Model(name, origin.config.model_type, origin.family.name)
 
 
@@ -209,14 +205,20 @@ def _tokenizer(origin: Original, other: str | None) -> Any:
     return small_tokenizer(family, is_chat(other))
 
 
-def _save(origin: Original, tokenizer: Any, width: int, folder: Path) -> None:
+def _save(who: str, origin: Original, tokenizer: Any, width: int, folder: Path) -> dict[str, Any]:
+    """The model and, apart from it, its tokenizer: beside a configuration of Qwen's, transformers
+    would read it as one of Qwen's and add to it. Returns the options that name them."""
     own = small_tokenizer(origin.family, origin.chats)
     ids = {
         "vocab_size": _rows(len(own), origin.padding),
         **{f"{role}_token_id": getattr(own, f"{role}_token_id") for role in ("pad", "bos", "eos")},
     }
-    build(origin, width, ids, seed=width).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build(origin, width, ids, seed=width).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {
+        f"{who}model_name_or_path": str(folder / "model"),
+        f"{who}tokenizer_name_or_path": str(folder / "tokenizer"),
+    }
 
 
 def _rows(tokens: int, padding: int) -> int:

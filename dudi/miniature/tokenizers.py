@@ -125,7 +125,9 @@ def _pieces(specials: tuple[str, ...]) -> Any:
 
 def _texts() -> list[str]:
     strings = ui_strings()
-    return [s[language] for language in ("en", *LANGUAGES) for s in strings[:STRINGS] if s[language]]
+    return [
+        s[language] for language in ("en", *LANGUAGES) for s in strings[:STRINGS] if s[language]
+    ]
 
 
 def _wrapped(built: Tokenizer, template: str | None, **roles: str) -> Any:
