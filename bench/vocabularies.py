@@ -13,10 +13,32 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from dudi.demo_data import LANGUAGES, ui_strings
+
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+# The embedded strings have no Javanese: article 1 of the Universal Declaration of Human Rights, and
+# what the context verbalizer says.
+JAVANESE = (
+    "Saben uwong kalairake kanthi mardika lan darbe martabat lan hak-hak kang padha.",
+    "Kabeh pinaringan akal lan kalbu sarta kaajab pasrawungan anggone memitran siji lan sijine "
+    "kanthi jiwa sumadulur.",
+    "Teks sing padha ing basa liya:",
+    "Wangsulan rujukan:",
+    "Wangsulana nganggo basa Jawa.",
+)
+TEXT_LANGUAGES = ("en", *LANGUAGES, "jv")
+
+
+def texts(language: str) -> list[str]:
+    """Short texts of a language: the embedded strings."""
+    if language == "jv":
+        return list(JAVANESE)
+    return [item[language] for item in ui_strings() if item[language]]
 
 
 def fast(tokenizer: Tokenizer, **roles: str) -> Any:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from dudi.known import KnownTop
 from dudi.lexicon import lexicon_verbalizer, read_lexicon
 from dudi.models import load_tokenizer, looks_like_a_path
 from dudi.pairing import Pairing
-from dudi.signals import lm_head
+from dudi.signals import vocab_size
 from dudi_kernels import Verbalizer
 from dudi_kernels.vocabulary.token_bytes import read
 
@@ -95,7 +96,9 @@ def build_bridge(
     Raises ValueError, naming the argument, for a map of other tokenizers or sizes, where there
     must not be one but is needed, and for a lexicon with languages that the data lacks.
     """
-    sizes = lm_head(teacher).vocab_size, lm_head(student).vocab_size
+    sizes = vocab_size(teacher), vocab_size(student)
+    if isinstance(teacher, KnownTop):  # its likeliest tokens are the student's
+        sizes = sizes[1], sizes[1]
     if own is None:
         own = _saved_with(teacher, student_tokenizer, sizes)
     elif isinstance(own, str):

@@ -1,9 +1,10 @@
-"""The `dudi` command: train, plan, evaluate, verbalize, lexicon, report, demo.
+"""The `dudi` command: train, plan, evaluate, verbalize, lexicon, respond, cache-teacher, report,
+demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
 is told in one line (exit status 2; DUDI_DEBUG=1 shows the traceback), as is a run that failed by
-itself (a non-finite loss: 1); Ctrl-C exits with 130.
+itself (a non-finite loss, a full disk: 1); Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -66,6 +67,32 @@ class VerbalizeArguments:
     top: int = _option("Likeliest tokens of each distribution.", 5)
     tokens: int = _option("Tokens of a response in the terminal; the page has all.", 12)
     page: str = _option("The HTML file to write.", "verbalize.html")
+
+
+@dataclass(kw_only=True)
+class CacheArguments:
+    cache: str = _option(
+        "hidden: final hidden states, for every divergence and map; topk: the likeliest tokens, a "
+        "hundredth of the bytes, for training without the teacher's head.",
+        "hidden",
+    )
+    cache_top_k: int = _option("How many tokens of each row, with topk.", 64)
+    batch_size: int = _option("Sequences that the teacher reads at a time.", 16)
+    shard_mb: int = _option("Size of a shard: what a killed run loses at most.", 256)
+
+
+@dataclass(kw_only=True)
+class RespondArguments:
+    output: str = _option("The JSON-lines file to write: a dataset for `dudi train`.")
+    samples: int = _option("Responses for each prompt; equal ones are kept once.", 1)
+    sampling_temperature: float = _option("Temperature they are drawn at; 0 is greedy.", 0.7)
+    sampling_top_p: float = _option("Nucleus sampling, in (0, 1].", 1.0)
+    sampling_top_k: int = _option("Sample among the k likeliest tokens; 0 is all of them.", 0)
+    keep_truncated: bool = _option("Keep what max_completion_length has cut.", False)
+    batch_size: int = _option("Prompts at a time; another one draws other samples.", 16)
+    shard: str = _option(
+        "i/n: do the i-th of n parts; whoever ends last puts them together.", "1/1"
+    )
 
 
 @dataclass(kw_only=True)
@@ -161,17 +188,53 @@ def evaluate(words: list[str], console: Console) -> None:
     run_evaluation(**vars(arguments), console=console)
 
 
-def verbalize(words: list[str], console: Console) -> None:
-    from dudi.config import field_types, from_options, read_options
+def _with_recipe(
+    cls: type, words: list[str], defaults: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Any, Any]:
+    """A command's own options, and the recipe's as `dudi train` reads them."""
+    from dudi.config import checked, field_types, from_options, read_options
 
     config_file, overrides = _split_config(words)
-    own = field_types(VerbalizeArguments)
-    options = {"output_dir": "none is written"} | read_options(config_file, overrides, own)
-    shown = VerbalizeArguments(**{n: options.pop(n) for n in own if n in options})
-    script, config = from_options(options)
+    own = field_types(cls)
+    options = (defaults or {}) | read_options(config_file, overrides, own)
+    given = checked({n: options.pop(n) for n in own if n in options}, own)
+    for f in dataclasses.fields(cls):
+        if f.default is dataclasses.MISSING and f.name not in given:
+            raise ValueError(f"--{f.name} must be given")
+    values = vars(cls(**given))
+    return (values, *from_options(options))
+
+
+def verbalize(words: list[str], console: Console) -> None:
+    shown, script, config = _with_recipe(
+        VerbalizeArguments, words, {"output_dir": "none is written"}
+    )
     from dudi.inspection import run_inspection
 
-    run_inspection(script, config, **vars(shown), console=console)
+    run_inspection(script, config, **shown, console=console)
+
+
+def cache_teacher(words: list[str], console: Console) -> None:
+    own, script, config = _with_recipe(CacheArguments, words)
+    from dudi.caching import run_caching
+
+    run_caching(script, config, **own, console=console)
+
+
+def respond(words: list[str], console: Console) -> None:
+    own, script, config = _with_recipe(RespondArguments, words, {"output_dir": "none is written"})
+    from dudi.respond import Sampling, run_responding
+
+    output, shard, batch_size = (own.pop(name) for name in ("output", "shard", "batch_size"))
+    run_responding(
+        script,
+        config,
+        output,
+        Sampling.of(config, **own),
+        batch_size=batch_size,
+        shard=shard,
+        console=console,
+    )
 
 
 def lexicon(words: list[str], console: Console) -> None:
@@ -232,10 +295,11 @@ TRAIN_GROUPS = {
     "Models and data": (
         "model_name_or_path", "model_config", "model_init_kwargs", "disable_dropout",
         "tokenizer_name_or_path", "teacher_model_name_or_path", "teacher_model_init_kwargs",
-        "teacher_tokenizer_name_or_path",
+        "teacher_tokenizer_name_or_path", "teacher_cache", "teacher_url", "served_model",
+        "served_top_k", "served_timeout", "served_retries", "served_concurrency",
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
         "dataset_test_split", "max_prompt_length", "max_completion_length",
-        "max_teacher_prompt_length", "overlong", "chat_template_kwargs",
+        "max_teacher_prompt_length", "overlong", "bad_rows", "chat_template_kwargs",
     ),
     "Signals": (
         "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
@@ -310,18 +374,18 @@ def show_train_options(console: Console) -> None:
     )
 
 
-def show_verbalize_options(console: Console) -> None:
-    show_options(console, "What is shown", rows_of(VerbalizeArguments).values())
-    show_train_options(console)
-
-
-def show_plan_options(console: Console) -> None:
-    show_options(console, "What is planned", rows_of(PlanArguments).values())
-    show_train_options(console)
-
-
 def shows(cls: type) -> Callable[[Console], None]:
     return lambda console: show_options(console, "Options", rows_of(cls).values())
+
+
+def shows_with_recipe(cls: type) -> Callable[[Console], None]:
+    """A command's own options, then those of the recipe."""
+
+    def show(console: Console) -> None:
+        shows(cls)(console)
+        show_train_options(console)
+
+    return show
 
 
 @dataclass(frozen=True)
@@ -341,7 +405,7 @@ COMMANDS = {
     ),
     "plan": Command(
         plan,
-        show_plan_options,
+        shows_with_recipe(PlanArguments),
         "dudi plan --config recipe.yaml [--gpus N] [--gpu_memory GIB] [--name value ...]",
         "Memory and FLOPs of a step before it runs, and what to change where it does not fit.",
     ),
@@ -353,9 +417,21 @@ COMMANDS = {
     ),
     "verbalize": Command(
         verbalize,
-        show_verbalize_options,
+        shows_with_recipe(VerbalizeArguments),
         "dudi verbalize --config recipe.yaml [--rows N] [--name value ...]",
         "Show what the teacher reads and says, and what the student learns from it.",
+    ),
+    "respond": Command(
+        respond,
+        shows_with_recipe(RespondArguments),
+        "dudi respond --config recipe.yaml --output FILE.jsonl [--name value ...]",
+        "Let the teacher write the responses of a dataset; made in parts, and resumed.",
+    ),
+    "cache-teacher": Command(
+        cache_teacher,
+        shows_with_recipe(CacheArguments),
+        "dudi cache-teacher --config recipe.yaml --output_dir CACHE [--name value ...]",
+        "Store what the teacher says of the given responses, for runs without its body.",
     ),
     "lexicon": Command(
         lexicon,
@@ -414,6 +490,14 @@ def _told_in_a_line(error: Exception) -> bool:
     return ours or isinstance(error, (ValueError, TypeError, OSError, ImportError))
 
 
+def _tell_launcher(error: Exception) -> None:
+    """torchrun's summary then says which rank failed first, and why."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def main(words: list[str] | None = None) -> int:
     """Entry point of the `dudi` command; returns the exit status."""
     try:
@@ -422,11 +506,12 @@ def main(words: list[str] | None = None) -> int:
         Console(stderr=True).print(Text(str(stop) or "Interrupted."), soft_wrap=True)
         return 130
     except Exception as error:
+        _tell_launcher(error)
         if os.environ.get("DUDI_DEBUG") == "1" or not _told_in_a_line(error):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-        return 1 if isinstance(error, RuntimeError) else 2  # ours: NonFiniteLossError
+        return 1 if isinstance(error, RuntimeError) else 2  # ours: a run that began and failed
     return 0
 
 

@@ -40,17 +40,19 @@ GENERATION_OPTIONS = (
     "begin_suppress_tokens", "renormalize_logits", "cache_implementation",
 )  # fmt: skip
 OVERLONG = ("truncate", "drop")
+BAD_ROWS = ("error", "skip")
 LEXICON_KINDS = ("lexicon", "concepts")
 COUNTS = (
     "reference_sync_steps", "max_prompt_length", "max_completion_length",
-    "max_teacher_prompt_length", "memory_budget", "num_generations", "rollout_steps",
+    "max_teacher_prompt_length", "memory_budget", "served_top_k", "served_concurrency",
+    "num_generations", "rollout_steps",
     "rollout_batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "save_total_limit",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "num_completions_to_print", "weight_decay", "max_grad_norm", "warmup_steps",
-    "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating",
+    "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating", "served_retries",
 )  # fmt: skip
 WEIGHTS = ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight")
 
@@ -126,6 +128,20 @@ class DuDiConfig(TrainingArguments):
     teacher_tokenizer_name_or_path: str | None = _field(
         None, "By default the teacher's own; where it has none, the student's."
     )
+    teacher_cache: str | None = _field(
+        None,
+        "A folder that `dudi cache-teacher` has written: the teacher of y+, without its body.",
+    )
+    teacher_url: str | None = _field(
+        None,
+        "A completions endpoint that serves the teacher, such as vLLM's http://localhost:8000: its "
+        "likeliest tokens are asked for in each step.",
+    )
+    served_model: str | None = _field(None, "Its name there; by default the first one served.")
+    served_top_k: int = _field(20, "How many tokens; vLLM gives --max-logprobs of them at most.")
+    served_timeout: float = _field(60.0, "Seconds that a request may take.")
+    served_retries: int = _field(5, "Tries more, where a server fails in passing.")
+    served_concurrency: int = _field(8, "Requests at a time.")
     disable_dropout: bool = _field(True, "Set every dropout of the student to 0.")
 
     # signals
@@ -213,6 +229,11 @@ class DuDiConfig(TrainingArguments):
     )
     overlong: str = _field(
         "truncate", "What happens to longer rows: truncate (prompts lose their middle) or drop."
+    )
+    bad_rows: str = _field(
+        "error",
+        "What happens to rows that can't be read or tokenized: error, or skip (they are listed in "
+        "bad_rows.jsonl).",
     )
     chat_template_kwargs: dict[str, Any] | None = _field(
         None, "Switches of both chat templates, such as {enable_thinking: false}."
@@ -374,7 +395,7 @@ class DuDiConfig(TrainingArguments):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         if self.max_steps != -1:
             _between("max_steps", self.max_steps, 1, math.inf)
-        for name in ("temperature", "rollout_temperature", "preference_beta"):
+        for name in ("temperature", "rollout_temperature", "preference_beta", "served_timeout"):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         if self.teacher_temperature is not None:
             _between("teacher_temperature", self.teacher_temperature, 0, math.inf, low_open=True)
@@ -399,6 +420,7 @@ class DuDiConfig(TrainingArguments):
         if self.stop_strings is not None and not all(self.stop_strings):
             raise ValueError(f"stop_strings must not be empty, got {self.stop_strings!r}")
         _one_of("overlong", self.overlong, OVERLONG)
+        _one_of("bad_rows", self.bad_rows, BAD_ROWS)
         _one_of("unmatched", self.unmatched, UNMATCHED)
         _one_of("lexicon_kind", self.lexicon_kind, LEXICON_KINDS)
         for name in ("off_policy_divergence", "on_policy_divergence"):
@@ -447,6 +469,8 @@ class DuDiConfig(TrainingArguments):
 
     def _check_unsupported(self) -> None:
         """Options of TrainingArguments that this trainer can't honour."""
+        if self.teacher_cache is not None and self.teacher_url is not None:
+            raise ValueError("teacher_cache and teacher_url exclude each other: give one of them")
         wanted: dict[str, Any] = {
             "remove_unused_columns": False,
             "label_smoothing_factor": 0.0,
@@ -656,7 +680,7 @@ FREE_TO_CHANGE = (
     "per_device_eval_batch_size", "load_best", "metric_for", "greater_is_better", "include_",
     "skip_memory", "do_", "debug",
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
-    "verbalizer_cache_dir",
+    "verbalizer_cache_dir", "served_timeout", "served_retries", "served_concurrency",
 )  # fmt: skip
 
 

@@ -28,9 +28,10 @@ from torch import Tensor
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import write_text
 from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
+from dudi.known import KnownTop
 from dudi.models import load_model, load_tokenizer
 from dudi.rollout import generate, inference_mode_of
-from dudi.signals import lm_head, pack, response_hidden
+from dudi.signals import lm_head, pack, response_hidden, vocab_size
 from dudi.teaching import Responses, make_lesson, teach
 from dudi_kernels import linear_distill_loss, linear_log_prob
 
@@ -91,8 +92,7 @@ def _row_scores(
         values = linear_distill_loss(
             hidden,
             head,
-            guide.hidden,
-            guide.head,
+            *guide.side,
             targets=packed.targets,
             verbalizer=bridge.verbalizer,
         )
@@ -246,11 +246,10 @@ def _check(
             f"dataset must hold ids of the model's vocabulary of {size}, got {largest}: "
             "its tokenizer belongs to another model"
         )
-    mapped = bridge.verbalizer is not None
-    if teacher is not None and not mapped and lm_head(teacher).vocab_size != size:
+    mapped = bridge.verbalizer is not None or isinstance(teacher, KnownTop)
+    if teacher is not None and not mapped and vocab_size(teacher) != size:
         raise ValueError(
-            f"teacher must share the model's vocabulary of {size}, "
-            f"got {lm_head(teacher).vocab_size}"
+            f"teacher must share the model's vocabulary of {size}, got {vocab_size(teacher)}"
         )
 
 

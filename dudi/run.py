@@ -277,6 +277,7 @@ def _check_inputs_stay(
         "model_name_or_path": script.model_name_or_path,
         "tokenizer_name_or_path": script.tokenizer_name_or_path,
         "teacher_tokenizer_name_or_path": config.teacher_tokenizer_name_or_path,
+        "teacher_cache": config.teacher_cache,
         "lexicon": config.lexicon,
         "vocabulary_verbalizer": _path(config.vocabulary_verbalizer),
         "teacher_model_name_or_path": config.teacher_model_name_or_path,
@@ -383,7 +384,7 @@ def _train_and_evaluate(
     _write_info(trainer, info)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    trainer.save_model(str(folder / "model"))
+    trainer.save_whole_model(folder / "model")
     if evaluating:
         evaluate_and_write(trainer, "after", script, console)
         console.print(evaluation_table(_read(folder / "evaluation.json")))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dudi.known import KnownStates, KnownTeacher
 from dudi_kernels import LMHead
 
 
@@ -102,6 +103,8 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
     `padding_free`: the sequences of a group go one after another as a single one, without padding;
     positions that begin anew tell the body where each begins.
     """
+    if isinstance(model, KnownStates):
+        return model.hidden(packed, padding_free)
     lm = causal_lm(model)
     body = lm.base_model
     if body is lm:
@@ -149,7 +152,12 @@ def check_padding_free(model: Any, who: str) -> None:
 
 def lm_head(model: nn.Module) -> LMHead:
     """The model's head as the kernels take it: the live parameters, not copies."""
-    return LMHead.from_model(model)
+    return model.head if isinstance(model, KnownStates) else LMHead.from_model(model)
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Rows of a model's head, also of one that is not here."""
+    return (model.vocab_size or 0) if isinstance(model, KnownTeacher) else lm_head(model).vocab_size
 
 
 @contextmanager

@@ -58,6 +58,7 @@ BASE: dict[str, Any] = {
         ({"alpha": 0, "on_policy_divergence": "skew_reverse_kl"}, "alpha must be strictly"),
         ({"off_policy_divergence": "foward_kl"}, "did you mean 'forward_kl'"),
         ({"reference": "inital"}, "did you mean 'initial'"),
+        ({"bad_rows": "drop"}, "bad_rows must be one of error, skip, got 'drop'"),
         ({"overlong": "cut"}, "overlong must be one of truncate, drop"),
         ({"temperature": 0}, r"temperature must be in \(0, inf\)"),
         ({"rollout_temperature": -1}, "rollout_temperature"),
