@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import full_size
 import pytest
 import tiny
 import torch
@@ -22,6 +23,7 @@ from dudi.miniature.architectures import GEMMA3, QWEN2_5, cut, known, original
 from dudi.miniature.command import check_signals
 from dudi.miniature.data import few_rows, first_row, like, write_lexicon
 from dudi.models import load_tokenizer
+from dudi.planning.plan import plan_run, read_options
 from dudi_kernels import LMHead, Verbalizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -36,6 +38,19 @@ MAY_DIFFER = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size",
     "reference_sync_steps", "logging_steps", "save_steps", "eval_steps", "warmup_steps",
 }  # fmt: skip
+# GPUs, and GiB of each.
+MADE_FOR = {
+    "dudi-gemma-3-1b-from-qwen3-8b": (1, 80),
+    "dudi-gemma-3-270m-from-4b": (1, 24),
+    "dudi-llama-3.2-1b-from-3b-lora": (1, 24),
+    "dudi-qwen2.5-0.5b-from-3b": (1, 24),
+    "dudi-qwen2.5-0.5b-from-sea-lion-8b": (1, 80),
+    "dudi-qwen2.5-1.5b-from-14b-8gpu": (8, 80),
+    "dudi-qwen3-1.7b-from-8b": (1, 80),
+    "sft": (1, 24),
+    "teacher-from-scratch": (1, 24),
+    "teacher-qwen2.5-3b": (8, 80),
+}
 LOSSES = {
     "off_policy_weight": "off_policy_loss",
     "on_policy_weight": "on_policy_loss",
@@ -87,6 +102,19 @@ def test_every_recipe_runs_as_a_miniature(
     )
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_fits_its_gpu(path: Path, tmp_path: Path) -> None:
+    options = read_config_file(path)
+    for name in ("model_name_or_path", "teacher_model_name_or_path"):
+        if name in options:
+            options[name] = full_size.write(options[name], tmp_path)
+    if "model_config" in options:
+        options["model_config"]["vocab_size"] = GEMMA3.tokens
+    gpus, memory = MADE_FOR[path.stem]
+    plan = plan_run(*read_options(options), gpus=gpus, gpu_memory=memory)
+    assert plan.fits, f"{plan.peak.bytes / 2**30:.1f} GiB"
+
+
 def test_recipes_say_what_they_are_for() -> None:
     for path in RECIPES:
         head = path.read_text(encoding="utf-8").split("\n\n")[0]
@@ -104,7 +132,9 @@ def test_nothing_is_left_without_an_output_dir(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert run(None, config=CONFIGS / "sft.yaml") == 0
-    assert not list(tmp_path.iterdir())
+    left = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+    assert left <= {"dudi"}  # what the process keeps of datasets until it ends
+    assert not list(tmp_path.glob("dudi-miniature-*"))
     assert "cross-entropy: " in capsys.readouterr().out
 
 
