@@ -20,6 +20,7 @@ from dudi.models import load_tokenizer, looks_like_a_path
 from dudi.pairing import Pairing
 from dudi.signals import vocab_size
 from dudi_kernels import Verbalizer
+from dudi_kernels.vocabulary.token_bytes import read
 
 # One of them lies beside a model that was saved with its tokenizer.
 TOKENIZER_FILES = (
@@ -176,7 +177,7 @@ def _between(
     teacher: Any, student: Any, sizes: tuple[int, int], settings: MapSettings
 ) -> Verbalizer:
     for who, size, tokenizer in (("teacher", sizes[0], teacher), ("student", sizes[1], student)):
-        if len(tokenizer) > size:
+        if len(tokenizer) > size and read(tokenizer).needed > size:
             raise ValueError(
                 f"the {who}'s tokenizer has {len(tokenizer)} tokens, its head only {size} rows: it "
                 "belongs to another model"

@@ -32,6 +32,14 @@ def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 @dataclass(kw_only=True)
+class TrainArguments:
+    miniature: bool = _option(
+        "Try the recipe in seconds: random models of its architectures, a few rows, two steps.",
+        False,
+    )
+
+
+@dataclass(kw_only=True)
 class EvaluateArguments:
     model_name_or_path: str = _option("Model to evaluate: a folder or a Hub id.")
     dataset_name: str = _option(
@@ -139,13 +147,20 @@ class DemoArguments:
 
 
 def train(words: list[str], console: Console) -> None:
-    from dudi.config import parse
+    from dudi.config import field_types, from_options, read_options
 
     config_file, overrides = _split_config(words)
-    script, config = parse(config_file, overrides)
+    options = read_options(config_file, overrides, field_types(TrainArguments))
+    command = shlex.join(["dudi", "train", *words])
+    if options.pop("miniature", TrainArguments.miniature):
+        from dudi.miniature.command import run_miniature
+
+        output_dir = read_options(None, overrides, field_types(TrainArguments)).get("output_dir")
+        run_miniature(options, output_dir, console=console, command=command)
+        return
+    script, config = from_options(options)
     from dudi.run import run_training
 
-    command = shlex.join(["dudi", "train", *words])
     run_training(script, config, console=console, command=command, config_file=config_file)
 
 
@@ -349,7 +364,8 @@ def show_train_options(console: Console) -> None:
     from dudi.config import DuDiConfig, ScriptArguments
 
     rows = rows_of(DuDiConfig) | rows_of(ScriptArguments)
-    show_options(console, "Recipe", [("--config", None, "YAML file of the options below.")])
+    recipe = [("--config", None, "YAML file of the options below.")]
+    show_options(console, "Recipe", [*recipe, *rows_of(TrainArguments).values()])
     for title, names in TRAIN_GROUPS.items():
         show_options(console, title, (rows[name] for name in names))
     console.print(
@@ -384,7 +400,7 @@ COMMANDS = {
     "train": Command(
         train,
         show_train_options,
-        "dudi train --config recipe.yaml [--name value ...]",
+        "dudi train --config recipe.yaml [--miniature] [--name value ...]",
         "Train a student with up to three signals; or a teacher, with cross-entropy alone.",
     ),
     "plan": Command(
