@@ -189,8 +189,7 @@ TRAIN_GROUPS = {
     "Optimisation": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
-        "padding_free",
-        "memory_budget", "gradient_tolerance",
+        "padding_free", "fsdp_size", "memory_budget", "gradient_tolerance",
     ),
     "Run": (
         "output_dir", "resume", "overwrite", "evaluate", "eval_generate_rows", "logging_steps",
