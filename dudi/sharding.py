@@ -156,13 +156,13 @@ def gathered(model: Any) -> Iterator[None]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Any) -> Any:
     """All parts together, on the CPU; every rank must ask."""
-    whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.cpu() if isinstance(whole, Tensor) else whole
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu() if isinstance(whole, Tensor) else whole
 
 
 def _part(whole: Tensor, like: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     known: dict[int, Tensor] = {}  # tied weights are one tensor
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in known:
-            whole = _whole(tensor).detach()
+            whole = _whole(tensor)
             known[id(tensor)] = whole if dist.get_rank() == 0 else torch.empty(0)
         found[name] = known[id(tensor)]
     return found if dist.get_rank() == 0 else {}
@@ -194,7 +194,9 @@ def load_weights(model: Any, folder: str | Path) -> None:
 
         own, saved = get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu")
     else:
-        unsharded = type(model).__mro__[2]  # FSDP puts a class of its own and FSDPModule before it
+        unsharded: Any = type(model).__mro__[
+            2
+        ]  # FSDP puts a class of its own and FSDPModule before it
         own = model.state_dict()
         saved = unsharded.from_pretrained(folder, dtype=model.dtype).state_dict()
     if own.keys() != saved.keys():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -818,23 +818,25 @@ class DuDiTrainer(Trainer):
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(schedule)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(self.model, resume_from_checkpoint)
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Gradients are reduced after each micro-batch: whole ones are never kept."""
-        return nullcontext()
+        yield
 
     def _load_best_model(self) -> None:
         if not self.sharded:
