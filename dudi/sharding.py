@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dudi.signals import causal_lm, redirected_forward
@@ -46,8 +46,13 @@ def make_mesh(fsdp_size: int | str | None, device: torch.device) -> DeviceMesh |
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: Any, mesh: DeviceMesh, who: str) -> None:
-    """Leave this rank its part of each weight of `model`, which all ranks have loaded alike."""
+def shard(model: Any, mesh: DeviceMesh, who: str, bf16: bool = False) -> None:
+    """Leave this rank its part of each weight of `model`, which all ranks have loaded alike.
+
+    `bf16`: weights are gathered in it, gradients reduced in float32. Autocast alone would keep a
+    copy of each gathered weight for the backward pass, and find those of a forward without
+    gradients again.
+    """
     lm = causal_lm(model)
     kinds = set(getattr(lm, "_no_split_modules", None) or ())
     layers = [m for m in lm.modules() if type(m).__name__ in kinds]
@@ -55,9 +60,11 @@ def shard(model: Any, mesh: DeviceMesh, who: str) -> None:
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if not {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
         layers = [embedding, *layers]  # needed by its own forward alone: not kept beside the head
-    for layer in reversed(layers):  # inner ones first
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    policy = MixedPrecisionPolicy()
+    if bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in (*reversed(layers), model):  # inner ones first
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 
 def _check(model: Any, layers: list[nn.Module], mesh: DeviceMesh, who: str) -> None:
@@ -194,9 +201,7 @@ def load_weights(model: Any, folder: str | Path) -> None:
 
         own, saved = get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu")
     else:
-        unsharded: Any = type(model).__mro__[
-            2
-        ]  # FSDP puts a class of its own and FSDPModule before it
+        unsharded: Any = type(model).__mro__[2]  # behind FSDP's subclass and FSDPModule
         own = model.state_dict()
         saved = unsharded.from_pretrained(folder, dtype=model.dtype).state_dict()
     if own.keys() != saved.keys():

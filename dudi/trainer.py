@@ -261,9 +261,9 @@ class DuDiTrainer(Trainer):
             raise ValueError(
                 "optimizers must not be given with fsdp_size: one is made of the sharded weights"
             )
-        shard(student, mesh, "student")
+        shard(student, mesh, "student", args.bf16)
         if teacher is not None:
-            shard(teacher, mesh, "teacher")
+            shard(teacher, mesh, "teacher", args.bf16)
 
     def _prepare(self, dataset: Any, tokenizer: Any, args: DuDiConfig, split: str) -> Any:
         if dataset is None or "completion_ids" in dataset.column_names:

@@ -1,6 +1,6 @@
 """For test_sharded.py: `sharded_once.py FOLDER CASE ...`, alone or in torchrun: short runs.
 
-A rank takes its share of the same global batches and samples are greedy, so that any number of ranks
+A rank takes its share of the same global batches and samples are greedy, so any number of ranks
 does the same. The case `parts` looks at what the ranks hold, and goes on from a checkpoint.
 """
 
@@ -79,7 +79,8 @@ def train(folder: Path, case: str) -> None:
 def look_at_parts(folder: Path) -> None:
     run = trainer(folder / "whole", "parts")
     run.train()
-    state = [v for s in run.optimizer.state.values() for v in s.values() if v.ndim]
+    optimizer: Any = run.optimizer
+    state = [v for s in optimizer.state.values() for v in s.values() if v.ndim]
     for tensors in (run.model.parameters(), run.teacher.parameters(), state):
         for t in tensors:
             assert isinstance(t, DTensor)
