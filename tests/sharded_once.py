@@ -29,7 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
     "untied": {"gradient_checkpointing": True, "per_device_train_batch_size": 20 // RANKS},
     "adapter": {"beta": 0.5},
     "replicas": {"fsdp_size": 2 if RANKS > 1 else "auto"},
-    "parts": {"optim": "adamw_torch_fused", "save_strategy": "steps", "save_steps": 1},
+    "parts": {
+        "optim": "adamw_torch_fused",
+        "bf16": True,  # no forward without gradients may spoil the next one with them
+        "save_strategy": "steps",
+        "save_steps": 1,
+    },
 }
 
 
@@ -80,6 +85,7 @@ def look_at_parts(folder: Path) -> None:
     run = trainer(folder / "whole", "parts")
     run.train()
     optimizer: Any = run.optimizer
+    assert optimizer.state.keys() == set(run.model.parameters())  # each had a gradient
     state = [v for s in optimizer.state.values() for v in s.values() if v.ndim]
     for tensors in (run.model.parameters(), run.teacher.parameters(), state):
         for t in tensors:
@@ -99,7 +105,7 @@ def look_at_parts(folder: Path) -> None:
 
 def each_rank_writes_as_long_as_it_likes(run: DuDiTrainer) -> None:
     """A rank that has finished does not wait for one that has not, nor the other way round."""
-    whole = model(0, "parts")
+    whole = model(0, "parts").to(torch.bfloat16)
     whole.load_state_dict({n: t.full_tensor() for n, t in run.model.state_dict().items()})
     ours, theirs = (
         generate(
