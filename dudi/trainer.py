@@ -257,6 +257,11 @@ class DuDiTrainer(Trainer):
         self.sharded = mesh is not None
         if mesh is None:
             return
+        if not args.accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config must leave even_batches true with fsdp_size: the processes take "
+                "part in each other's forwards"
+            )
         if any(optimizer is not None for optimizer in optimizers):
             raise ValueError(
                 "optimizers must not be given with fsdp_size: one is made of the sharded weights"
