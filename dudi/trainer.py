@@ -257,10 +257,11 @@ class DuDiTrainer(Trainer):
         self.sharded = mesh is not None
         if mesh is None:
             return
-        if not args.accelerator_config.even_batches:
+        loading: Any = args.accelerator_config
+        if not loading.even_batches:
             raise ValueError(
-                "accelerator_config must leave even_batches true with fsdp_size: the processes take "
-                "part in each other's forwards"
+                "accelerator_config must leave even_batches true with fsdp_size: each process takes "
+                "part in the forwards of all"
             )
         if any(optimizer is not None for optimizer in optimizers):
             raise ValueError(
