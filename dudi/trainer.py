@@ -260,8 +260,8 @@ class DuDiTrainer(Trainer):
         loading: Any = args.accelerator_config
         if not loading.even_batches:
             raise ValueError(
-                "accelerator_config must leave even_batches true with fsdp_size: each process takes "
-                "part in the forwards of all"
+                "accelerator_config must leave even_batches true with fsdp_size: each process "
+                "takes part in the forwards of all"
             )
         if any(optimizer is not None for optimizer in optimizers):
             raise ValueError(
