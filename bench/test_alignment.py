@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from bench.report import Results
-from bench.vocabularies import qwen, qwen3_6, smollm2, tekken
-from dudi.demo_data import LANGUAGES, data_path, ui_strings
+from bench.vocabularies import TEXT_LANGUAGES, qwen, qwen3_6, smollm2, tekken, texts
+from dudi.demo_data import data_path
 from dudi_kernels import Aligner, Tokens
 
 
@@ -59,9 +59,8 @@ def test_alignment(pair: tuple[str, str], results: Results) -> None:
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     line: dict[str, Any] = {"student / teacher": " / ".join(pair)}
-    for language in ("en", *LANGUAGES):
-        texts = [item[language] for item in ui_strings() if item[language]]
-        student, teacher = (_ids(name, texts) for name in pair)
+    for language in TEXT_LANGUAGES:
+        student, teacher = (_ids(name, texts(language)) for name in pair)
         found = aligner(student, teacher)
         paired = sum(len(rows) for rows in found.student_rows)
         line[language] = f"{paired / sum(map(len, student)):.0%}"

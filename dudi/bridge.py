@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from dudi.known import KnownTop
 from dudi.lexicon import lexicon_verbalizer, read_lexicon
 from dudi.models import load_tokenizer, looks_like_a_path
 from dudi.pairing import Pairing
-from dudi.signals import lm_head
+from dudi.signals import vocab_size
 from dudi_kernels import Verbalizer
+from dudi_kernels.vocabulary.token_bytes import read
 
 # One of them lies beside a model that was saved with its tokenizer.
 TOKENIZER_FILES = (
@@ -94,7 +96,9 @@ def build_bridge(
     Raises ValueError, naming the argument, for a map of other tokenizers or sizes, where there
     must not be one but is needed, and for a lexicon with languages that the data lacks.
     """
-    sizes = lm_head(teacher).vocab_size, lm_head(student).vocab_size
+    sizes = vocab_size(teacher), vocab_size(student)
+    if isinstance(teacher, KnownTop):  # its likeliest tokens are the student's
+        sizes = sizes[1], sizes[1]
     if own is None:
         own = _saved_with(teacher, student_tokenizer, sizes)
     elif isinstance(own, str):
@@ -121,7 +125,7 @@ def build_bridge(
             own,
             student_tokenizer,
             base=Verbalizer.identity(sizes[1]) if found is None else found,
-            kind=cast(Any, settings.lexicon_kind),  # the config checks it
+            kind=settings.lexicon_kind,
             share=settings.lexicon_share,
         )
     return Bridge(own, pairing, found)
@@ -173,7 +177,7 @@ def _between(
     teacher: Any, student: Any, sizes: tuple[int, int], settings: MapSettings
 ) -> Verbalizer:
     for who, size, tokenizer in (("teacher", sizes[0], teacher), ("student", sizes[1], student)):
-        if len(tokenizer) > size:
+        if len(tokenizer) > size and read(tokenizer).needed > size:
             raise ValueError(
                 f"the {who}'s tokenizer has {len(tokenizer)} tokens, its head only {size} rows: it "
                 "belongs to another model"

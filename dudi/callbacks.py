@@ -13,14 +13,20 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dudi.saving import disk_errors
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
+    """Write under a temporary name, then rename: a reader never sees half a file, nor does a power
+    cut leave an empty one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -76,7 +82,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs is not None:
             path = Path(str(args.output_dir)) / METRICS_FILE
-            with path.open("a", encoding="utf-8") as file:
+            with disk_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 

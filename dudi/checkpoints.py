@@ -1,7 +1,7 @@
 """Run folders and checkpoints: which may be written, which a run can go on from.
 
-A checkpoint counts as whole if a run can go on from it exactly: optimizer, schedule and random
-state are there, and `trainer_state.json`, which the Trainer writes last, parses.
+A checkpoint counts as whole if a run can go on from it exactly: its files are those of its manifest
+(saving.py), optimizer, schedule and random state among them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,32 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from dudi.config import resume_mismatches
+from dudi.saving import STAGING, flaw
 
 CONFIG_FILE = "dudi_config.json"
 STATE_FILE = "trainer_state.json"
 WINDOW_FILE = "log_window.json"
+NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth", STATE_FILE, WINDOW_FILE)
 
 
-def is_whole(folder: Path) -> bool:
-    try:
-        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    states = [folder / "optimizer.pt", folder / "scheduler.pt", folder / WINDOW_FILE]
-    return all(path.exists() for path in states) and any(folder.glob("rng_state*.pth"))
+def why_not_whole(folder: Path) -> str | None:
+    """What keeps a run from going on from a checkpoint; None: nothing."""
+    found = flaw(folder)
+    if found is not None:
+        return found
+    missing = [name for name in NEEDED if not any(folder.glob(name))]
+    return f"it has no {missing[0]}" if missing else None
 
 
 def last_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest whole `checkpoint-N` of a run, or None."""
-    found = [
-        (int(folder.name.removeprefix("checkpoint-")), folder)
-        for folder in Path(run_dir).glob("checkpoint-*")
-        if CHECKPOINT.fullmatch(folder.name) and is_whole(folder)
-    ]
-    return max(found)[1] if found else None
+    """The newest whole `checkpoint-N` of a run, or None; newer ones are named in a warning."""
+    found = [c for c in Path(run_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(c.name)]
+    for folder in sorted(found, key=lambda c: int(c.name.removeprefix("checkpoint-")))[::-1]:
+        why = why_not_whole(folder)
+        if why is None:
+            return folder
+        warnings.warn(f"{folder} is not whole and is passed over: {why}", stacklevel=2)
+    return None
 
 
 # ---- does it belong to this run ------------------------------------------------------------------
@@ -120,8 +124,12 @@ def _map_mismatches(saved: str | None, current: str | None) -> list[str]:
 
 # All that a run writes, and so all that overwriting it removes.
 MAP_FILE = "verbalizer.safetensors"
-FILES = ("run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html", MAP_FILE)
-FOLDERS = ("model", "runs")  # the final model, TensorBoard's events
+BAD_ROWS_FILE = "bad_rows.jsonl"
+FILES = (
+    "run.json", "metrics.jsonl", "evaluation.json", "summary.json", "report.html", MAP_FILE,
+    BAD_ROWS_FILE,
+)  # fmt: skip
+FOLDERS = ("model", "runs", STAGING)  # the final model, TensorBoard's events
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 

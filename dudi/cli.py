@@ -1,9 +1,10 @@
-"""The `dudi` command: train, evaluate, verbalize, report, demo.
+"""The `dudi` command: train, plan, evaluate, verbalize, lexicon, respond, cache-teacher, report,
+demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
 is told in one line (exit status 2; DUDI_DEBUG=1 shows the traceback), as is a run that failed by
-itself (a non-finite loss: 1); Ctrl-C exits with 130.
+itself (a non-finite loss, a full disk: 1); Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ Rows = Iterable[tuple[str, Any, str]]  # option, default, help
 
 def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class TrainArguments:
+    miniature: bool = _option(
+        "Try the recipe in seconds: random models of its architectures, a few rows, two steps.",
+        False,
+    )
 
 
 @dataclass(kw_only=True)
@@ -61,6 +70,65 @@ class VerbalizeArguments:
 
 
 @dataclass(kw_only=True)
+class CacheArguments:
+    cache: str = _option(
+        "hidden: final hidden states, for every divergence and map; topk: the likeliest tokens, a "
+        "hundredth of the bytes, for training without the teacher's head.",
+        "hidden",
+    )
+    cache_top_k: int = _option("How many tokens of each row, with topk.", 64)
+    batch_size: int = _option("Sequences that the teacher reads at a time.", 16)
+    shard_mb: int = _option("Size of a shard: what a killed run loses at most.", 256)
+
+
+@dataclass(kw_only=True)
+class RespondArguments:
+    output: str = _option("The JSON-lines file to write: a dataset for `dudi train`.")
+    samples: int = _option("Responses for each prompt; equal ones are kept once.", 1)
+    sampling_temperature: float = _option("Temperature they are drawn at; 0 is greedy.", 0.7)
+    sampling_top_p: float = _option("Nucleus sampling, in (0, 1].", 1.0)
+    sampling_top_k: int = _option("Sample among the k likeliest tokens; 0 is all of them.", 0)
+    keep_truncated: bool = _option("Keep what max_completion_length has cut.", False)
+    batch_size: int = _option("Prompts at a time; another one draws other samples.", 16)
+    shard: str = _option(
+        "i/n: do the i-th of n parts; whoever ends last puts them together.", "1/1"
+    )
+
+
+@dataclass(kw_only=True)
+class LexiconArguments:
+    dataset_name: str = _option(
+        "Parallel rows: a file, a saved dataset's folder or a Hub id; demo: the embedded strings."
+    )
+    output: str = _option("The TSV file to write: pivot word, target word, language.")
+    pivot: str = _option("The pivot language's column.", "en")
+    languages: list[str] | None = _option(
+        "The other languages' columns; null: the rows have pivot_completion, completion, language.",
+        None,
+    )
+    tokenizer_name_or_path: str | None = _option(
+        "Cuts scripts without spaces between words (th, my, km, lo, ...) into words.", None
+    )
+    split: str = _option("Split to read.", "train")
+    min_count: int = _option("Rows that must have both words.", 3)
+    min_dice: float = _option(
+        "2 rows with both words / (rows with one + rows with the other).", 0.5
+    )
+    overwrite: bool = _option("Replace the file.", False)
+
+
+@dataclass(kw_only=True)
+class PlanArguments:
+    gpus: int = _option("Ranks, one a GPU.", 1)
+    gpu_memory: float | None = _option("GiB of each; says whether the run fits.", None)
+    prompt_length: int | None = _option("Tokens of all prompts; by default the limit.", None)
+    completion_length: int | None = _option("Tokens of all responses; the same.", None)
+    teacher_prompt_length: int | None = _option("Tokens of what the teacher reads first.", None)
+    strategy: str = _option("ddp; or fsdp, an estimate of fsdp_size: auto.", "ddp")
+    json: str | None = _option("Write the figures to this JSON file.", None)
+
+
+@dataclass(kw_only=True)
 class ReportArguments:
     run_dir: str = _option("Folder of a run, or of a demo.")
     output: str | None = _option("The HTML file; by default report.html in the folder.", None)
@@ -71,6 +139,7 @@ class DemoArguments:
     output_dir: str | None = _option("By default runs/demo, or runs/demo-teacher.", None)
     seed: int = _option("Seed of the students, their data order and samples.", 0)
     overwrite: bool = _option("Replace an earlier demo in output_dir.", False)
+    steps: int | None = _option("Optimizer steps after the warm start; null: 300.", None)
     teacher: bool = _option("Train the demo's teacher again instead.", False)
 
 
@@ -78,13 +147,20 @@ class DemoArguments:
 
 
 def train(words: list[str], console: Console) -> None:
-    from dudi.config import parse
+    from dudi.config import field_types, from_options, read_options
 
     config_file, overrides = _split_config(words)
-    script, config = parse(config_file, overrides)
+    options = read_options(config_file, overrides, field_types(TrainArguments))
+    command = shlex.join(["dudi", "train", *words])
+    if options.pop("miniature", TrainArguments.miniature):
+        from dudi.miniature.command import run_miniature
+
+        output_dir = read_options(None, overrides, field_types(TrainArguments)).get("output_dir")
+        run_miniature(options, output_dir, console=console, command=command)
+        return
+    script, config = from_options(options)
     from dudi.run import run_training
 
-    command = shlex.join(["dudi", "train", *words])
     run_training(script, config, console=console, command=command, config_file=config_file)
 
 
@@ -112,17 +188,75 @@ def evaluate(words: list[str], console: Console) -> None:
     run_evaluation(**vars(arguments), console=console)
 
 
-def verbalize(words: list[str], console: Console) -> None:
-    from dudi.config import field_types, from_options, read_options
+def _with_recipe(
+    cls: type, words: list[str], defaults: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Any, Any]:
+    """A command's own options, and the recipe's as `dudi train` reads them."""
+    from dudi.config import checked, field_types, from_options, read_options
 
     config_file, overrides = _split_config(words)
-    own = field_types(VerbalizeArguments)
-    options = {"output_dir": "none is written"} | read_options(config_file, overrides, own)
-    shown = VerbalizeArguments(**{n: options.pop(n) for n in own if n in options})
-    script, config = from_options(options)
+    own = field_types(cls)
+    options = (defaults or {}) | read_options(config_file, overrides, own)
+    given = checked({n: options.pop(n) for n in own if n in options}, own)
+    for f in dataclasses.fields(cls):
+        if f.default is dataclasses.MISSING and f.name not in given:
+            raise ValueError(f"--{f.name} must be given")
+    values = vars(cls(**given))
+    return (values, *from_options(options))
+
+
+def verbalize(words: list[str], console: Console) -> None:
+    shown, script, config = _with_recipe(
+        VerbalizeArguments, words, {"output_dir": "none is written"}
+    )
     from dudi.inspection import run_inspection
 
-    run_inspection(script, config, **vars(shown), console=console)
+    run_inspection(script, config, **shown, console=console)
+
+
+def cache_teacher(words: list[str], console: Console) -> None:
+    own, script, config = _with_recipe(CacheArguments, words)
+    from dudi.caching import run_caching
+
+    run_caching(script, config, **own, console=console)
+
+
+def respond(words: list[str], console: Console) -> None:
+    own, script, config = _with_recipe(RespondArguments, words, {"output_dir": "none is written"})
+    from dudi.respond import Sampling, run_responding
+
+    output, shard, batch_size = (own.pop(name) for name in ("output", "shard", "batch_size"))
+    run_responding(
+        script,
+        config,
+        output,
+        Sampling.of(config, **own),
+        batch_size=batch_size,
+        shard=shard,
+        console=console,
+    )
+
+
+def lexicon(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    arguments = read_arguments(LexiconArguments, words)
+    from dudi.lexicon_build import run_lexicon
+
+    run_lexicon(**vars(arguments), console=console)
+
+
+def plan(words: list[str], console: Console) -> None:
+    from dudi.config import checked, field_types, read_options
+
+    config_file, overrides = _split_config(words)
+    own = field_types(PlanArguments)
+    options = read_options(config_file, overrides, own)
+    given = PlanArguments(**checked({n: options.pop(n) for n in own if n in options}, own))
+    from dudi.planning.command import run_plan
+
+    settings = vars(given)
+    run_plan(options, json_file=settings.pop("json"), **settings, console=console)
 
 
 def report(words: list[str], console: Console) -> None:
@@ -142,15 +276,17 @@ def demo(words: list[str], console: Console) -> None:
     arguments = read_arguments(DemoArguments, words)
     from dudi.demo import run_demo, train_teacher
 
-    run, folder = (
-        (train_teacher, "runs/demo-teacher") if arguments.teacher else (run_demo, "runs/demo")
-    )
-    run(
-        arguments.output_dir or folder,
-        seed=arguments.seed,
-        overwrite=arguments.overwrite,
-        console=console,
-    )
+    shared: dict[str, Any] = {
+        "seed": arguments.seed,
+        "overwrite": arguments.overwrite,
+        "console": console,
+    }
+    if not arguments.teacher:
+        run_demo(arguments.output_dir or "runs/demo", steps=arguments.steps, **shared)
+    elif arguments.steps is None:
+        train_teacher(arguments.output_dir or "runs/demo-teacher", **shared)
+    else:
+        raise ValueError("steps is for the students: it can't be given with teacher")
 
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -159,10 +295,11 @@ TRAIN_GROUPS = {
     "Models and data": (
         "model_name_or_path", "model_config", "model_init_kwargs", "disable_dropout",
         "tokenizer_name_or_path", "teacher_model_name_or_path", "teacher_model_init_kwargs",
-        "teacher_tokenizer_name_or_path",
+        "teacher_tokenizer_name_or_path", "teacher_cache", "teacher_url", "served_model",
+        "served_top_k", "served_timeout", "served_retries", "served_concurrency",
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name",
         "dataset_test_split", "max_prompt_length", "max_completion_length",
-        "max_teacher_prompt_length", "overlong", "chat_template_kwargs",
+        "max_teacher_prompt_length", "overlong", "bad_rows", "chat_template_kwargs",
     ),
     "Signals": (
         "off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight",
@@ -189,7 +326,8 @@ TRAIN_GROUPS = {
     "Optimisation": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
-        "padding_free", "fsdp_size", "memory_budget", "gradient_tolerance",
+        "padding_free", "compile_bodies", "activation_checkpointing", "use_liger_kernel",
+        "fsdp_size", "memory_budget", "gradient_tolerance",
     ),
     "Run": (
         "output_dir", "resume", "overwrite", "evaluate", "eval_generate_rows", "logging_steps",
@@ -226,7 +364,8 @@ def show_train_options(console: Console) -> None:
     from dudi.config import DuDiConfig, ScriptArguments
 
     rows = rows_of(DuDiConfig) | rows_of(ScriptArguments)
-    show_options(console, "Recipe", [("--config", None, "YAML file of the options below.")])
+    recipe = [("--config", None, "YAML file of the options below.")]
+    show_options(console, "Recipe", [*recipe, *rows_of(TrainArguments).values()])
     for title, names in TRAIN_GROUPS.items():
         show_options(console, title, (rows[name] for name in names))
     console.print(
@@ -235,13 +374,18 @@ def show_train_options(console: Console) -> None:
     )
 
 
-def show_verbalize_options(console: Console) -> None:
-    show_options(console, "What is shown", rows_of(VerbalizeArguments).values())
-    show_train_options(console)
-
-
 def shows(cls: type) -> Callable[[Console], None]:
     return lambda console: show_options(console, "Options", rows_of(cls).values())
+
+
+def shows_with_recipe(cls: type) -> Callable[[Console], None]:
+    """A command's own options, then those of the recipe."""
+
+    def show(console: Console) -> None:
+        shows(cls)(console)
+        show_train_options(console)
+
+    return show
 
 
 @dataclass(frozen=True)
@@ -256,8 +400,14 @@ COMMANDS = {
     "train": Command(
         train,
         show_train_options,
-        "dudi train --config recipe.yaml [--name value ...]",
+        "dudi train --config recipe.yaml [--miniature] [--name value ...]",
         "Train a student with up to three signals; or a teacher, with cross-entropy alone.",
+    ),
+    "plan": Command(
+        plan,
+        shows_with_recipe(PlanArguments),
+        "dudi plan --config recipe.yaml [--gpus N] [--gpu_memory GIB] [--name value ...]",
+        "Memory and FLOPs of a step before it runs, and what to change where it does not fit.",
     ),
     "evaluate": Command(
         evaluate,
@@ -267,9 +417,27 @@ COMMANDS = {
     ),
     "verbalize": Command(
         verbalize,
-        show_verbalize_options,
+        shows_with_recipe(VerbalizeArguments),
         "dudi verbalize --config recipe.yaml [--rows N] [--name value ...]",
         "Show what the teacher reads and says, and what the student learns from it.",
+    ),
+    "respond": Command(
+        respond,
+        shows_with_recipe(RespondArguments),
+        "dudi respond --config recipe.yaml --output FILE.jsonl [--name value ...]",
+        "Let the teacher write the responses of a dataset; made in parts, and resumed.",
+    ),
+    "cache-teacher": Command(
+        cache_teacher,
+        shows_with_recipe(CacheArguments),
+        "dudi cache-teacher --config recipe.yaml --output_dir CACHE [--name value ...]",
+        "Store what the teacher says of the given responses, for runs without its body.",
+    ),
+    "lexicon": Command(
+        lexicon,
+        shows(LexiconArguments),
+        "dudi lexicon --dataset_name DATA --output FILE.tsv [--name value ...]",
+        "Find words that translate each other in parallel rows, for the lexicon option.",
     ),
     "report": Command(
         report,
@@ -280,7 +448,7 @@ COMMANDS = {
     "demo": Command(
         demo,
         shows(DemoArguments),
-        "dudi demo [--seed N] [--overwrite] [--teacher]",
+        "dudi demo [--seed N] [--steps N] [--overwrite] [--teacher]",
         "Distil a small multilingual student on the embedded data, in minutes.",
     ),
 }
@@ -322,6 +490,14 @@ def _told_in_a_line(error: Exception) -> bool:
     return ours or isinstance(error, (ValueError, TypeError, OSError, ImportError))
 
 
+def _tell_launcher(error: Exception) -> None:
+    """torchrun's summary then says which rank failed first, and why."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def main(words: list[str] | None = None) -> int:
     """Entry point of the `dudi` command; returns the exit status."""
     try:
@@ -330,11 +506,12 @@ def main(words: list[str] | None = None) -> int:
         Console(stderr=True).print(Text(str(stop) or "Interrupted."), soft_wrap=True)
         return 130
     except Exception as error:
+        _tell_launcher(error)
         if os.environ.get("DUDI_DEBUG") == "1" or not _told_in_a_line(error):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-        return 1 if isinstance(error, RuntimeError) else 2  # ours: NonFiniteLossError
+        return 1 if isinstance(error, RuntimeError) else 2  # ours: a run that began and failed
     return 0
 
 

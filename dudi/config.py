@@ -31,6 +31,7 @@ from dudi_kernels.verbalizer import UNMATCHED
 
 BEST_METRICS = ("loss", "nll_per_char", "nll_per_token", "kl_to_teacher")
 REFERENCES = ("initial", "lagged", "teacher", "none")
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 REFERENCE_DTYPES = ("float32", "bfloat16", "float16")
 # Of transformers.GenerationConfig, what may be set beside the options of our own.
 GENERATION_OPTIONS = (
@@ -39,17 +40,19 @@ GENERATION_OPTIONS = (
     "begin_suppress_tokens", "renormalize_logits", "cache_implementation",
 )  # fmt: skip
 OVERLONG = ("truncate", "drop")
+BAD_ROWS = ("error", "skip")
 LEXICON_KINDS = ("lexicon", "concepts")
 COUNTS = (
     "reference_sync_steps", "max_prompt_length", "max_completion_length",
-    "max_teacher_prompt_length", "memory_budget", "num_generations", "rollout_steps",
+    "max_teacher_prompt_length", "memory_budget", "served_top_k", "served_concurrency",
+    "num_generations", "rollout_steps",
     "rollout_batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "save_total_limit",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "num_completions_to_print", "weight_decay", "max_grad_norm", "warmup_steps",
-    "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating",
+    "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating", "served_retries",
 )  # fmt: skip
 # Each weight's state is of its shape, or one number: it can be put together and cut again.
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -127,6 +130,20 @@ class DuDiConfig(TrainingArguments):
     teacher_tokenizer_name_or_path: str | None = _field(
         None, "By default the teacher's own; where it has none, the student's."
     )
+    teacher_cache: str | None = _field(
+        None,
+        "A folder that `dudi cache-teacher` has written: the teacher of y+, without its body.",
+    )
+    teacher_url: str | None = _field(
+        None,
+        "A completions endpoint that serves the teacher, such as vLLM's http://localhost:8000: its "
+        "likeliest tokens are asked for in each step.",
+    )
+    served_model: str | None = _field(None, "Its name there; by default the first one served.")
+    served_top_k: int = _field(20, "How many tokens; vLLM gives --max-logprobs of them at most.")
+    served_timeout: float = _field(60.0, "Seconds that a request may take.")
+    served_retries: int = _field(5, "Tries more, where a server fails in passing.")
+    served_concurrency: int = _field(8, "Requests at a time.")
     disable_dropout: bool = _field(True, "Set every dropout of the student to 0.")
 
     # signals
@@ -209,6 +226,9 @@ class DuDiConfig(TrainingArguments):
         "Bodies read a micro-batch's sequences one after another, without padding (attention: "
         "flash_attention_2, or sdpa where sequences are short).",
     )
+    compile_bodies: bool = _field(
+        False, "torch.compile of the bodies in training; sampling and evaluation stay as they are."
+    )
 
     # data
     max_prompt_length: int | None = _field(512, "Tokens of a prompt at most; None is no limit.")
@@ -218,6 +238,11 @@ class DuDiConfig(TrainingArguments):
     )
     overlong: str = _field(
         "truncate", "What happens to longer rows: truncate (prompts lose their middle) or drop."
+    )
+    bad_rows: str = _field(
+        "error",
+        "What happens to rows that can't be read or tokenized: error, or skip (they are listed in "
+        "bad_rows.jsonl).",
     )
     chat_template_kwargs: dict[str, Any] | None = _field(
         None, "Switches of both chat templates, such as {enable_thinking: false}."
@@ -380,7 +405,7 @@ class DuDiConfig(TrainingArguments):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         if self.max_steps != -1:
             _between("max_steps", self.max_steps, 1, math.inf)
-        for name in ("temperature", "rollout_temperature", "preference_beta"):
+        for name in ("temperature", "rollout_temperature", "preference_beta", "served_timeout"):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         if self.teacher_temperature is not None:
             _between("teacher_temperature", self.teacher_temperature, 0, math.inf, low_open=True)
@@ -405,6 +430,7 @@ class DuDiConfig(TrainingArguments):
         if self.stop_strings is not None and not all(self.stop_strings):
             raise ValueError(f"stop_strings must not be empty, got {self.stop_strings!r}")
         _one_of("overlong", self.overlong, OVERLONG)
+        _one_of("bad_rows", self.bad_rows, BAD_ROWS)
         _one_of("unmatched", self.unmatched, UNMATCHED)
         _one_of("lexicon_kind", self.lexicon_kind, LEXICON_KINDS)
         for name in ("off_policy_divergence", "on_policy_divergence"):
@@ -439,19 +465,34 @@ class DuDiConfig(TrainingArguments):
         if self.needs_samples and self.max_completion_length is None:
             raise ValueError("max_completion_length must be a number where samples are drawn")
 
+    def _keep_the_loss(self) -> None:
+        """Liger's kernels for models, but never its losses."""
+        if not self.use_liger_kernel:
+            return
+        kernels = dict(self.liger_kernel_config or {})
+        for name in LIGER_LOSSES:
+            if kernels.setdefault(name, False):
+                raise ValueError(
+                    f"{name} of liger_kernel_config must be False: the loss is dudi_kernels'"
+                )
+        self.liger_kernel_config = kernels
+
     def _check_unsupported(self) -> None:
         """Options of TrainingArguments that this trainer can't honour."""
+        if self.teacher_cache is not None and self.teacher_url is not None:
+            raise ValueError("teacher_cache and teacher_url exclude each other: give one of them")
         wanted: dict[str, Any] = {
             "remove_unused_columns": False,
-            "use_liger_kernel": False,
             "label_smoothing_factor": 0.0,
-            "torch_compile": False,
             "neftune_noise_alpha": None,
         }
         for name, value in wanted.items():
             given = getattr(self, name)
             if given not in (value, None):
                 raise ValueError(f"{name} must be {value}: DuDiTrainer can't honour {given!r}")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile must be False: it is compile_bodies here")
+        self._keep_the_loss()
         if self.resume_from_checkpoint is not None:
             raise ValueError(
                 "resume_from_checkpoint is not read from the configuration: pass --resume, or "
@@ -663,7 +704,7 @@ FREE_TO_CHANGE = (
     "per_device_eval_batch_size", "load_best", "metric_for", "greater_is_better", "include_",
     "skip_memory", "do_", "debug",
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
-    "verbalizer_cache_dir",
+    "verbalizer_cache_dir", "served_timeout", "served_retries", "served_concurrency",
 )  # fmt: skip
 
 

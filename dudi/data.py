@@ -63,6 +63,7 @@ COLUMNS = Features(
 OVERLONG = ("truncated_prompts", "truncated_completions", "truncated_teacher_prompts")
 UNPAIRED = "unpaired_responses"
 FLAGS = (*OVERLONG, UNPAIRED)
+PROBLEM = "problem"  # why a row can't be used; "" where it can
 
 # ---- loading -----------------------------------------------------------------------------------
 
@@ -215,16 +216,19 @@ class _Preparer:
     pairing: Pairing | None  # where the teacher has another tokenizer
     max_completion_length: int | None
     drop: bool
+    skip_bad: bool
     split_name: str
 
     def __call__(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *FLAGS)}
+        out: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *FLAGS, PROBLEM)}
         for i, row in enumerate(rows):
             try:
                 made = self._row({name: values[i] for name, values in batch.items()})
             except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"row {row} of the {self.split_name} dataset: {error}") from error
+                if not self.skip_bad:
+                    kind = TypeError if isinstance(error, TypeError) else ValueError
+                    raise kind(f"row {row} of the {self.split_name} dataset: {error}") from error
+                made = _empty_row(str(error))
             if not (self.drop and any(made[flag] for flag in OVERLONG)):
                 made["row"] = row
                 for name, values in out.items():
@@ -249,6 +253,7 @@ class _Preparer:
             "truncated_completions": len(answer) < len(completion),
             "truncated_teacher_prompts": seen.cut and seen is not prompt,
             UNPAIRED: self.pairing is not None and bool(self.pairing([answer]).differs),
+            PROBLEM: "",
         }
 
     def _seen(self, row: Mapping[str, Any], example: Example, plain: Prompt) -> Prompt:
@@ -256,6 +261,12 @@ class _Preparer:
         if self.teacher.verbalizer is None:
             return plain
         return self.teacher.verbalized(row, example.completion)
+
+
+def _empty_row(problem: str) -> dict[str, Any]:
+    """Holds the place of a bad row until it is set aside."""
+    values = {name: [] if isinstance(kind, List) else "" for name, kind in COLUMNS.items()}
+    return {**values, **dict.fromkeys(FLAGS, False), PROBLEM: problem}
 
 
 # ---- datasets ----------------------------------------------------------------------------------
@@ -274,6 +285,7 @@ def prepare_dataset(
     max_teacher_prompt_length: int | None = None,
     max_unpaired: float = 1.0,
     overlong: str = "truncate",
+    quarantine: list[dict[str, Any]] | None = None,
     split_name: str = "train",
     num_proc: int | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
@@ -300,8 +312,11 @@ def prepare_dataset(
     first, what is asked last and the start of the answer that a chat template writes stay, and
     keeps the start of a completion; "drop" leaves the row out.
 
+    quarantine: where bad rows go, as {"split", "row", "reason"}, with a warning; without it they
+    are errors.
+
     Counts: rows (of the result), truncated_prompts, truncated_completions,
-    truncated_teacher_prompts, unpaired_responses, dropped.
+    truncated_teacher_prompts, unpaired_responses, dropped, bad_rows.
     Raises ValueError or TypeError naming the row and what is wrong with it.
     """
     _check_arguments(
@@ -312,7 +327,7 @@ def prepare_dataset(
         max_completion_length=max_completion_length,
         max_teacher_prompt_length=max_teacher_prompt_length,
     )
-    _check_columns(dataset, verbalizer, split_name)
+    _check_columns(dataset, verbalizer, split_name, quarantine is not None)
     switches = dict(chat_template_kwargs or {})
     teacher_reader = Reader(
         tokenizer if teacher_tokenizer is None else teacher_tokenizer,
@@ -325,6 +340,7 @@ def prepare_dataset(
         pairing,
         max_completion_length,
         overlong == "drop",
+        quarantine is not None,
         split_name,
     )
     name = uuid.uuid4().hex  # the result is never reused: no hash of a tokenizer is trustworthy
@@ -333,24 +349,49 @@ def prepare_dataset(
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features({**COLUMNS, **{flag: Value("bool") for flag in FLAGS}}),
+        features=Features(
+            {**COLUMNS, **{flag: Value("bool") for flag in FLAGS}, PROBLEM: Value("string")}
+        ),
         num_proc=num_proc,
         load_from_cache_file=False,
         cache_file_name=str(_scratch() / f"{name}.arrow"),
         new_fingerprint=name,
         desc=f"Tokenizing {split_name} dataset",
     )
+    dropped = len(dataset) - len(prepared)
+    prepared, bad = _set_aside(prepared, split_name)
+    if quarantine is not None:
+        quarantine += bad
     counts = {flag: sum(prepared.with_format(None)[flag][:]) for flag in FLAGS}
-    counts.update(rows=len(prepared), dropped=len(dataset) - len(prepared))
+    counts.update(rows=len(prepared), dropped=dropped, bad_rows=len(bad))
     if not len(prepared):
+        told = f"{len(bad)} are bad, {dropped}" if bad else f"all {len(dataset)}"
         raise ValueError(
-            f"no row of the {split_name} dataset is left: all {len(dataset)} exceed "
+            f"no row of the {split_name} dataset is left: {told} exceed "
             f"max_prompt_length={max_prompt_length}, "
             f"max_completion_length={max_completion_length} or "
             f"max_teacher_prompt_length={max_teacher_prompt_length} and overlong='drop'"
         )
     _check_unpaired(prepared, counts, max_unpaired, split_name)
-    return prepared.remove_columns(list(FLAGS)), counts
+    return prepared.remove_columns([*FLAGS, PROBLEM]), counts
+
+
+def _set_aside(prepared: Dataset, split_name: str) -> tuple[Dataset, list[dict[str, Any]]]:
+    """The rows that can be used, and what is wrong with the others."""
+    problems, numbers = (prepared.with_format(None)[name][:] for name in (PROBLEM, "row"))
+    bad = [
+        {"split": split_name, "row": row, "reason": problem}
+        for row, problem in zip(numbers, problems, strict=True)
+        if problem
+    ]
+    if not bad:
+        return prepared, bad
+    warnings.warn(
+        f"{len(bad)} of {len(problems)} rows of the {split_name} dataset are bad and left out; "
+        f"row {bad[0]['row']} is the first: {bad[0]['reason']}",
+        stacklevel=3,
+    )
+    return prepared.select([i for i, problem in enumerate(problems) if not problem]), bad
 
 
 def _check_unpaired(
@@ -413,7 +454,9 @@ def _check_arguments(dataset: Any, tokenizer: Any, overlong: str, **limits: int 
         )
 
 
-def _check_columns(dataset: Dataset, verbalizer: ContextVerbalizer | None, split_name: str) -> None:
+def _check_columns(
+    dataset: Dataset, verbalizer: ContextVerbalizer | None, split_name: str, skip_bad: bool
+) -> None:
     columns = set(dataset.column_names)
     if not len(dataset):
         raise ValueError(f"the {split_name} dataset must have rows, got an empty dataset")
@@ -429,13 +472,17 @@ def _check_columns(dataset: Dataset, verbalizer: ContextVerbalizer | None, split
             f"missing: {', '.join(missing)}; it has {', '.join(sorted(columns))}"
         )
     if verbalizer is not None:
-        _check_languages(dataset, verbalizer, split_name)
+        _check_languages(dataset, verbalizer, split_name, skip_bad)
 
 
-def _check_languages(dataset: Dataset, verbalizer: ContextVerbalizer, split_name: str) -> None:
+def _check_languages(
+    dataset: Dataset, verbalizer: ContextVerbalizer, split_name: str, skip_bad: bool
+) -> None:
     """Every language has a template, found before the first row is rendered."""
     for language in dataset.unique("language"):
         if not isinstance(language, str) or not language:
+            if skip_bad:
+                continue  # bad rows, not a template that was forgotten
             row = dataset.with_format(None)["language"][:].index(language)
             raise ValueError(
                 f"row {row} of the {split_name} dataset: language must be a code such as 'th' for "

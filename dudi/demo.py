@@ -1,8 +1,9 @@
 """`make demo`: the whole product on the embedded data, in minutes on two cores.
 
-A new student is warmed up by plain cross-entropy; from that same point it is trained (a) on with
-cross-entropy alone and (b) with DuDi, for equal optimizer steps. Teacher, warm start, (a) and (b)
-are then evaluated on held-out keys. `train_teacher` makes the embedded teacher again.
+A new student is warmed up by plain cross-entropy; from that same point it is trained on with
+cross-entropy alone, with DuDi, with DuDi without the context verbalizer and with DuDi and a
+lexicon, for equal optimizer steps. All are then evaluated on held-out keys, beside the teacher.
+`train_teacher` makes the embedded teacher again.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ from dudi.config import from_options
 from dudi.data import prepare_dataset
 from dudi.demo_data import data_path, translation_rows
 from dudi.evaluate import FIGURES, Evaluation, evaluate_model, evaluation_table
+from dudi.lexicon_build import DEMO_LEXICON
 from dudi.report import write_report
 from dudi.run import Interrupted, environment, run_training
 from dudi.verbalize import ContextVerbalizer
 
-RUNS = ("warm", "sft", "dudi")
+RECIPES = {  # what each run's options are merged from; all but warm start where it ends
+    "warm": ("student", "warm"),
+    "sft": ("student", "sft"),
+    "dudi": ("student", "dudi"),
+    "no_context": ("student", "dudi", "no_context"),
+    "lexicon": ("student", "dudi", "lexicon"),
+}
+RUNS = tuple(RECIPES)
 GENERATED_ROWS = 32  # test rows a language whose generations are scored
 TEACHER_BYTES = 15_000_000  # what the package may carry
 
@@ -51,7 +60,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Train one of the demo's students and return its run.json."""
     settings = {
-        **recipe("student", name),
+        **recipe(*RECIPES[name]),
         "tokenizer_name_or_path": str(data_path("tokenizer")),
         "dataset_name": "dudi demo data",
         "output_dir": str(folder / name),
@@ -64,6 +73,26 @@ def train_one(
     except Interrupted:
         raise Interrupted("The demo was stopped; --overwrite starts it anew.") from None
     return json.loads((folder / name / "run.json").read_text(encoding="utf-8"))
+
+
+def train_students(
+    folder: Path, seed: int, train: Dataset, console: Console, steps: int | None
+) -> dict[str, dict[str, Any]]:
+    """Every run's run.json: the warm start, and what goes on from there."""
+    taught = {
+        "teacher_model_name_or_path": str(data_path("teacher")),
+        "teacher_model_init_kwargs": {"dtype": "float32"},
+    }
+    own = {"lexicon": {"lexicon": str(data_path(DEMO_LEXICON))}}
+    warm = str(folder / "warm" / "model")
+    start: dict[str, Any] = {"model_name_or_path": warm, "model_config": None}
+    start |= {} if steps is None else {"max_steps": steps}
+    runs = {}
+    for name, names in RECIPES.items():
+        extra = {} if name == "warm" else start
+        extra = extra | (taught if "dudi" in names else {}) | own.get(name, {})
+        runs[name] = train_one(name, folder, seed, train, console, **extra)
+    return runs
 
 
 def load_for_evaluation(path: Path) -> Any:
@@ -141,8 +170,11 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
+    steps: int | None = None,  # after the warm start; by default the recipes'
 ) -> Path:
     """Train and evaluate the demo's models; returns the folder with the report and summary.json."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     console = console or Console()
     folder = Path(output_dir)
     check_output_dir(folder, resume=False, overwrite=overwrite)
@@ -153,29 +185,16 @@ def run_demo(
     started = time.monotonic()
     info: dict[str, Any] = {
         "title": "DuDi demo",
-        "command": f"dudi demo --seed {seed}",
+        "command": f"dudi demo --seed {seed}" + (f" --steps {steps}" if steps else ""),
         "environment": environment(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "languages": sorted(set(train["language"])),
-        "config": {name: recipe("student", name) for name in RUNS} | {"seed": seed},
+        "config": {name: recipe(*names) for name, names in RECIPES.items()} | {"seed": seed},
     }
     clear_run(folder, *RUNS)
     write_text(folder / "run.json", json.dumps(info, indent=1))
 
-    runs = {"teacher": teacher_info()}
-    runs["warm"] = train_one("warm", folder, seed, train, console)
-    start = {"model_name_or_path": str(folder / "warm" / "model"), "model_config": None}
-    runs["sft"] = train_one("sft", folder, seed, train, console, **start)
-    runs["dudi"] = train_one(
-        "dudi",
-        folder,
-        seed,
-        train,
-        console,
-        **start,
-        teacher_model_name_or_path=str(teacher_path),
-        teacher_model_init_kwargs={"dtype": "float32"},
-    )
+    runs = {"teacher": teacher_info()} | train_students(folder, seed, train, console, steps)
     models = {"teacher": teacher_path} | {run: folder / run / "model" for run in RUNS}
     results = evaluate_all(models, tokenizer, test, console)
 

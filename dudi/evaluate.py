@@ -28,10 +28,11 @@ from torch import Tensor
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import write_text
 from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
+from dudi.known import KnownTop
 from dudi.models import load_model, load_tokenizer
 from dudi.rollout import generate, inference_mode_of
 from dudi.sharding import run_inside
-from dudi.signals import lm_head, pack, response_hidden
+from dudi.signals import lm_head, pack, response_hidden, vocab_size
 from dudi.teaching import Responses, make_lesson, teach
 from dudi_kernels import linear_distill_loss, linear_log_prob
 
@@ -104,8 +105,7 @@ def _scores_inside(
         values = linear_distill_loss(
             hidden,
             head,
-            guide.hidden,
-            guide.head,
+            *guide.side,
             targets=packed.targets,
             verbalizer=bridge.verbalizer,
         )
@@ -259,7 +259,7 @@ def _check(
             f"dataset must hold ids of the model's vocabulary of {size}, got {largest}: "
             "its tokenizer belongs to another model"
         )
-    mapped = bridge.verbalizer is not None
+    mapped = bridge.verbalizer is not None or isinstance(teacher, KnownTop)
     if teacher is not None and not mapped and _vocab_size(teacher) != size:
         raise ValueError(
             f"teacher must share the model's vocabulary of {size}, got {_vocab_size(teacher)}"
@@ -267,7 +267,7 @@ def _check(
 
 
 def _vocab_size(model: Any) -> int:
-    return run_inside(model, lambda: lm_head(model).vocab_size)
+    return run_inside(model, lambda: vocab_size(model))
 
 
 def evaluate_model(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dudi.config import json_safe
+from dudi.known import KnownTeacher
 from dudi_kernels import LMHead
 
 
@@ -29,6 +30,13 @@ def load_model(
         return model
     kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
     return _load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs)
+
+
+def load_model_config(name: str, init_kwargs: dict[str, Any], argument: str) -> Any:
+    """The configuration of a name or path; no weight is read. ValueError names `argument`."""
+    return _load(
+        AutoConfig.from_pretrained, name, argument, {"trust_remote_code": False} | init_kwargs
+    )
 
 
 def load_tokenizer(name: str, argument: str) -> Any:
@@ -85,7 +93,7 @@ def check_positions(student: Any, teacher: Any, dataset: Any, args: Any) -> None
         ("student", student, "prompt_ids"),
         ("teacher", teacher, "teacher_prompt_ids"),
     ):
-        limit = None if model is None else _learned_positions(model)
+        limit = None if model is None else learned_positions(model)
         if limit is None:
             continue
         for row in dataset.select_columns(["row", column, "completion_ids"]):
@@ -97,7 +105,7 @@ def check_positions(student: Any, teacher: Any, dataset: Any, args: Any) -> None
                 )
 
 
-def _learned_positions(model: Any) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """Rows of a position embedding; None where positions are computed."""
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
@@ -117,5 +125,5 @@ def check_models(student: Any, teacher: Any) -> None:
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("the student must have parameters that require a gradient, it has none")
     LMHead.check(student)
-    if teacher is not None:
+    if teacher is not None and not isinstance(teacher, KnownTeacher):
         LMHead.check(teacher)

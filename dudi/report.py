@@ -47,6 +47,8 @@ MODELS = {  # what the demo's and a run's labels stand for
     "warm": "the common start: cross-entropy from scratch",
     "sft": "on from there with cross-entropy alone",
     "dudi": "on from there with DuDi",
+    "no_context": "the same without the context verbalizer",
+    "lexicon": "the same with a lexicon in the vocabulary verbalizer",
     "before": "the student before training",
     "after": "the student after training",
 }
@@ -167,7 +169,7 @@ def cards(found: Collected) -> list[Card]:
     elif own:
         shown.append(Card("Parameters", count(own), ""))
     if is_number(info.get("steps")):
-        each = "in each of sft and dudi" if "sft" in found.evaluations else ""
+        each = "in each run from the warm start" if "sft" in found.evaluations else ""
         shown.append(Card("Optimizer steps", count(info["steps"]), each))
     if is_number(info.get("seconds")):
         what = "the whole demo" if found.summary else "of training"

@@ -26,7 +26,7 @@ class Rollout(NamedTuple):
     finite: bool = True  # False where a token was drawn from logits with NaN or infinity
 
 
-class _Finite(LogitsProcessor):
+class Finite(LogitsProcessor):
     """Notes logits that can't be drawn from, and makes them drawable, so that nothing asserts on
     the device; the one question, whether there were any, is asked at the end."""
 
@@ -131,7 +131,7 @@ def generate(
         **{**sampling, **(options or {})},
     )
     stops = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
-    check = _Finite()
+    check = Finite()
     with inference_mode_of(model), seeded(seed, device), gathered(model):
         output = model.generate(
             input_ids=ids.to(device),

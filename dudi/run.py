@@ -99,12 +99,21 @@ def build_model(script: ScriptArguments, config: DuDiConfig, tokenizer: Any) -> 
 
 
 def _new_model(settings: dict[str, Any]) -> Any:
+    config = new_model_config(settings)
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ValueError(f"model_config can't be built: {error}") from error
+
+
+def new_model_config(settings: dict[str, Any]) -> Any:
+    """The transformers configuration of `model_config`; a setting that it lacks is an error."""
     try:
         known = AutoConfig.for_model(settings["model_type"]).to_dict().keys()
         for name in settings:
             if name not in known and name != "model_type":
                 raise ValueError(f"it has no setting {name!r}{nearest(name, known)}")
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        return AutoConfig.for_model(**settings)
     except Exception as error:
         raise ValueError(f"model_config can't be built: {error}") from error
 
@@ -114,13 +123,18 @@ def build_peft_config(script: ScriptArguments) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=script.lora_r,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
+    return LoraConfig(**lora_settings(script))
+
+
+def lora_settings(script: ScriptArguments) -> dict[str, Any]:
+    """Fields of peft's LoraConfig."""
+    return {
+        "r": script.lora_r,
+        "lora_alpha": script.lora_alpha,
+        "lora_dropout": script.lora_dropout,
+        "target_modules": script.lora_target_modules,
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def load_test_set(script: ScriptArguments) -> Any:
@@ -263,6 +277,7 @@ def _check_inputs_stay(
         "model_name_or_path": script.model_name_or_path,
         "tokenizer_name_or_path": script.tokenizer_name_or_path,
         "teacher_tokenizer_name_or_path": config.teacher_tokenizer_name_or_path,
+        "teacher_cache": config.teacher_cache,
         "lexicon": config.lexicon,
         "vocabulary_verbalizer": _path(config.vocabulary_verbalizer),
         "teacher_model_name_or_path": config.teacher_model_name_or_path,
@@ -369,7 +384,7 @@ def _train_and_evaluate(
     _write_info(trainer, info)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    trainer.save_model(str(folder / "model"))
+    trainer.save_whole_model(folder / "model")
     if evaluating:
         evaluate_and_write(trainer, "after", script, console)
         console.print(evaluation_table(_read(folder / "evaluation.json")))

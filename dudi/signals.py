@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dudi.known import KnownStates, KnownTeacher
 from dudi_kernels import LMHead
 
 
@@ -43,8 +44,14 @@ class Packed(NamedTuple):
         return Packed(groups, *(t.to(device) for t in self[1:]))
 
 
+COMPILED = "_dudi_compiled"  # attribute of a body
 PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of rounding
 MOST_GROUPS, SMALLEST_GROUP = 4, 8  # a few passes with little padding; none too small to be fast
+
+
+def number_of_groups(sequences: int) -> int:
+    """Forward passes that so many sequences are packed for."""
+    return max(1, min(MOST_GROUPS, sequences // SMALLEST_GROUP))
 
 
 def pack(
@@ -55,7 +62,7 @@ def pack(
 ) -> Packed:
     """Put each response right after its prompt, padding last, so no row comes from a PAD token."""
     sequences = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
-    count = max(1, min(MOST_GROUPS, len(sequences) // SMALLEST_GROUP))
+    count = number_of_groups(len(sequences))
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     parts = [part.tolist() for part in torch.tensor(by_length).tensor_split(count)]
     groups = tuple(
@@ -96,11 +103,14 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
     `padding_free`: the sequences of a group go one after another as a single one, without padding;
     positions that begin anew tell the body where each begins.
     """
+    if isinstance(model, KnownStates):
+        return model.hidden(packed, padding_free)
     lm = causal_lm(model)
     body = lm.base_model
     if body is lm:
         raise ValueError(f"model must have a body apart from its head, got {type(lm).__name__}")
     rows = []
+    body = body.__dict__.get(COMPILED, body)
     for ids, attention_mask, row_mask in packed.groups:
         if padding_free:
             there = attention_mask.bool()
@@ -111,6 +121,12 @@ def response_hidden(model: nn.Module, packed: Packed, padding_free: bool = False
             output = body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             rows.append(output.last_hidden_state[row_mask])
     return torch.cat(rows)[packed.order]
+
+
+def compile_body(model: nn.Module) -> None:
+    """Let `response_hidden` run a compiled body; `generate`, with its growing cache, does not."""
+    body = causal_lm(model).base_model
+    body.__dict__[COMPILED] = torch.compile(body, dynamic=True)  # no submodule: no second weights
 
 
 @torch.no_grad()
@@ -136,7 +152,12 @@ def check_padding_free(model: Any, who: str) -> None:
 
 def lm_head(model: nn.Module) -> LMHead:
     """The model's head as the kernels take it: the live parameters, not copies."""
-    return LMHead.from_model(model)
+    return model.head if isinstance(model, KnownStates) else LMHead.from_model(model)
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Rows of a model's head, also of one that is not here."""
+    return (model.vocab_size or 0) if isinstance(model, KnownTeacher) else lm_head(model).vocab_size
 
 
 @contextmanager

@@ -9,7 +9,7 @@ is less sure of the given response than the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from dudi.bridge import Bridge
 from dudi.config import DuDiConfig
+from dudi.known import KnownTop
+from dudi.known_signals import Known, check_known
 from dudi.meter import Meter
 from dudi.pairing import Pairing
 from dudi.rows import Reader, TeacherPrompts
-from dudi.signals import Packed, lm_head, pack, response_hidden
+from dudi.signals import Packed, lm_head, pack, response_hidden, vocab_size
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
 from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
 
@@ -77,11 +79,17 @@ class Lesson(NamedTuple):
 
 
 class Taught(NamedTuple):
-    hidden: Tensor  # (N, E)
-    head: LMHead
+    hidden: Tensor | None  # (N, E)
+    head: LMHead | None
     weight: Tensor | None  # (N,)
     gate: Tensor | None  # (M,) of the teacher's rows of y+
     shift: Tensor | None  # (T,) how far the verbalized prompt moves the plain one's hidden states
+    known: Known | None = None  # in place of hidden states and head
+
+    @property
+    def side(self) -> tuple[Any, LMHead | None]:
+        """As `linear_distill_loss` takes a teacher, where all of the rows are taught."""
+        return (self.hidden, self.head) if self.known is None else (self.known.top, None)
 
 
 def make_lesson(
@@ -152,7 +160,12 @@ def teach(
     padding_free: bool = False,
     **options: Any,  # of linear_log_prob
 ) -> Taught:
-    """Hidden states for the student's rows, and the weights of their divergences."""
+    """Hidden states for the student's rows, and the weights of their divergences; of a teacher of
+    likeliest tokens, these."""
+    if isinstance(teacher, KnownTop):
+        weight = None if lesson.weight is None else lesson.weight.to(device)
+        known = Known.of(teacher.top(lesson.seen), lesson.student_rows, device)
+        return Taught(None, None, weight, None, None, known)
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
     hidden = response_hidden(teacher, seen, padding_free)
@@ -289,15 +302,18 @@ class Teaching:
 # ---- what is checked before a run ----------------------------------------------------------------
 
 
+def wants_verbalizer(args: DuDiConfig, columns: Collection[str]) -> bool:
+    if args.context_verbalizer is not None:
+        return args.context_verbalizer
+    return "language" in columns and not set(CONTEXT_FIELDS).isdisjoint(columns)
+
+
 def context_verbalizer(args: DuDiConfig, dataset: Any) -> ContextVerbalizer | None:
     """What a run's teacher reads is made with; None where it reads the student's prompt."""
     columns = set(getattr(dataset, "column_names", None) or ())
-    wanted = args.context_verbalizer
-    if wanted is None:
-        wanted = "language" in columns and bool(columns & set(CONTEXT_FIELDS))
     if not args.needs_teacher:
         return None
-    if not wanted:
+    if not wants_verbalizer(args, columns):
         if args.needs_plain_teacher:
             raise ValueError(
                 "verbalized_share < 1 and confidence_gating > 0 need the context verbalizer: "
@@ -337,6 +353,8 @@ def signal_options(args: DuDiConfig) -> dict[str, Any]:
 @torch.no_grad()
 def check_signals(student: Any, teacher: Any, bridge: Bridge, args: DuDiConfig) -> None:
     """Raise what the loss would say in the first step, from a batch without rows."""
+    if isinstance(teacher, KnownTop):
+        return check_known(teacher, bridge, args, vocab_size(student))
     scored = args.preference_weight > 0 and args.reference == "teacher"
     if scored and (bridge.pairing is not None or bridge.maps_tokens):
         raise ValueError(

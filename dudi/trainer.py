@@ -29,21 +29,25 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from dudi.bridge import Bridge, MapSettings, build_bridge
-from dudi.callbacks import Continuity, MetricsFile, write_text
+from dudi.callbacks import METRICS_FILE, Continuity, MetricsFile, write_text
 from dudi.checkpoints import (
+    BAD_ROWS_FILE,
     CONFIG_FILE,
+    STATE_FILE,
     WINDOW_FILE,
-    is_whole,
     last_checkpoint,
     model_mismatches,
     run_mismatches,
+    why_not_whole,
 )
 from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
+from dudi.known import KnownTeacher
+from dudi.known_signals import dudi_loss
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -57,7 +61,10 @@ from dudi.models import (
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
+from dudi.saving import STAGING, discard_staging, disk_errors, put_in_place, seal, sync
+from dudi.served import open_server
 from dudi.sharding import (
+    is_sharded,
     load_optimizer_state,
     load_weights,
     make_mesh,
@@ -71,11 +78,13 @@ from dudi.signals import (
     Packed,
     causal_lm,
     check_padding_free,
+    compile_body,
     lm_head,
     pack,
     redirected_forward,
     response_hidden,
 )
+from dudi.teacher_cache import check_complete, open_cache
 from dudi.teaching import (
     Lesson,
     Responses,
@@ -85,7 +94,7 @@ from dudi.teaching import (
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
+from dudi_kernels import linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -154,8 +163,9 @@ class DuDiTrainer(Trainer):
 
             set_seed(args.seed)  # the adapter's first weights are drawn
             student = get_peft_model(student, peft_config)
-        teacher = self._load_teacher(teacher_model, args)
+        teacher = self._load_teacher(teacher_model, args, tokenizer)
         check_models(student, teacher)
+        self.known = teacher if isinstance(teacher, KnownTeacher) else None
         self.bridge = Bridge(tokenizer)
         if teacher is not None:
             self.bridge = build_bridge(
@@ -171,13 +181,16 @@ class DuDiTrainer(Trainer):
             disable_dropout(student)
 
         self.data_counts: dict[str, dict[str, int]] = {}
+        self.bad_rows: list[dict[str, Any]] = []  # left out
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
-        if args.padding_free:
-            for who, own in (("student", student), ("teacher", teacher)):
-                if own is not None:
-                    check_padding_free(own, who)
+        body = getattr(teacher, "live", None) if self.known is not None else teacher
+        for who, own in (("student", student), ("teacher", body)):
+            if own is not None and args.padding_free:
+                check_padding_free(own, who)
+            if own is not None and args.compile_bodies:
+                compile_body(own)
         self.meter = Meter()
         self.teaching = Teaching(
             self.bridge, self.verbalizer, args, tokenizer, self.meter, train_dataset
@@ -207,7 +220,9 @@ class DuDiTrainer(Trainer):
         self.teacher = teacher
         if teacher is not None:
             self.teacher = self.accelerator.prepare_model(
-                teacher, device_placement=False if self.sharded else None, evaluation_mode=True
+                teacher,
+                device_placement=False if is_sharded(teacher) else None,
+                evaluation_mode=True,
             )
         self.sampling = Sampling(args, tokenizer, self.meter, args.process_index)
         self.schedules = args.schedules
@@ -216,6 +231,7 @@ class DuDiTrainer(Trainer):
         self.known_scores = KnownScores()
         self._step_rows: list[int] = []  # the dataset rows of this step
         self._earlier_loss = 0.0  # summed over the steps before this process's
+        self._staging = False  # a checkpoint is being written
         self._window: dict[str, Any] | None = None  # log window of the checkpoint resumed from
 
     # ---- construction --------------------------------------------------------------------------
@@ -228,10 +244,19 @@ class DuDiTrainer(Trainer):
         return load_tokenizer(name, "the tokenizer of model")
 
     @staticmethod
-    def _load_teacher(teacher_model: Any, args: DuDiConfig) -> Any:
+    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any) -> Any:
         if not args.needs_teacher:
             return None
         source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
+
+        def load() -> Any:
+            return source and load_model(source, args.teacher_model_init_kwargs, argument)
+
+        if args.teacher_cache is not None:
+            return open_cache(args, load)
+        if args.teacher_url is not None:
+            return open_server(args, tokenizer)
         if source is None:
             raise ValueError(
                 "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
@@ -239,8 +264,7 @@ class DuDiTrainer(Trainer):
                 f"reference={args.reference!r} need a teacher; set both weights to 0 and "
                 "ce_weight to 1 to train without one"
             )
-        argument = "teacher_model" if teacher_model is not None else "teacher_model_name_or_path"
-        return load_model(source, args.teacher_model_init_kwargs, argument)
+        return load()
 
     @staticmethod
     def _check_reporting(args: DuDiConfig) -> None:
@@ -267,8 +291,13 @@ class DuDiTrainer(Trainer):
             raise ValueError(
                 "optimizers must not be given with fsdp_size: one is made of the sharded weights"
             )
+        if getattr(teacher, "live", None) is not None:
+            raise ValueError(
+                "fsdp_size can't be combined with a live teacher beside a teacher_cache, whose "
+                "head both use: cache alone, or teach live"
+            )
         shard(student, mesh, "student", args.bf16)
-        if teacher is not None:
+        if teacher is not None and self.known is None:  # of a known one there is a head at most
             shard(teacher, mesh, "teacher", args.bf16)
 
     def _prepare(self, dataset: Any, tokenizer: Any, args: DuDiConfig, split: str) -> Any:
@@ -286,9 +315,11 @@ class DuDiTrainer(Trainer):
             max_teacher_prompt_length=args.max_teacher_prompt_length,
             max_unpaired=args.max_unpaired,
             overlong=args.overlong,
+            quarantine=self.bad_rows if args.bad_rows == "skip" else None,
             split_name=split,
         )
         self.data_counts[split] = counts
+        check_complete(self.known, prepared, args, self.bridge.pairing, split)
         return prepared
 
     # ---- sampling and packing ------------------------------------------------------------------
@@ -493,11 +524,10 @@ class DuDiTrainer(Trainer):
             weight = _row_weight(
                 weight, packed.segment_ids % batch.responses.group == 0, batch.totals
             )
-        return linear_dudi_loss(
+        return dudi_loss(
             hidden,
             lm_head(module),
-            None if taught is None else taught.hidden,
-            None if taught is None else taught.head,
+            taught,
             packed.targets,
             packed.segment_ids,
             preference_loss=a.preference_loss,
@@ -686,6 +716,11 @@ class DuDiTrainer(Trainer):
             raise ValueError("train_dataset must be given")
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self.sampling.clear()
+        if self.args.should_save:
+            discard_staging(self._run_dir)
+            if self.bad_rows:
+                lines = "".join(json.dumps(row) + "\n" for row in self.bad_rows)
+                write_text(self._run_dir / BAD_ROWS_FILE, lines)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
             self._load_samples(checkpoint)
@@ -722,10 +757,12 @@ class DuDiTrainer(Trainer):
         if not resume:
             return None
         if resume is not True:
-            folder = Path(resume)
-            if not is_whole(folder):
-                raise ValueError(f"resume_from_checkpoint={resume!r} is not a whole checkpoint")
-            return folder
+            why = why_not_whole(Path(resume))
+            if why is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint={resume!r} is not a whole checkpoint: {why}"
+                )
+            return Path(resume)
         found = last_checkpoint(self._run_dir)
         if found is None:
             raise ValueError(
@@ -772,7 +809,52 @@ class DuDiTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "meter": self.meter.state(self.accelerator),
         }
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        self._staging = True
+        try:
+            with disk_errors(final, self._how_to_go_on):
+                super()._save_checkpoint(model, trial)
+                self._complete(final)
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                discard_staging(run_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _how_to_go_on(self) -> str:
+        return f"{self._last_good} Make room there and resume."
+
+    def _complete(self, final: Path) -> None:
+        """Every rank has written its part; then the checkpoint gets its name, and old ones go."""
+        staged = final.parent / STAGING / final.name
+        best = self.state.best_model_checkpoint == str(staged)
+        if best:
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        if best:
+            self.state.save_to_json(str(staged / STATE_FILE))
+        if (final.parent / METRICS_FILE).exists():
+            sync(final.parent / METRICS_FILE)  # a run that goes on appends to it
+        seal(staged, final)
+        rotate_checkpoints(
+            str(final.parent),
+            self.args.save_total_limit,
+            self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._staging else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # the Trainer would push before the rename
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """What else each rank has of its own: samples to come, and scores that it knows."""
@@ -802,6 +884,20 @@ class DuDiTrainer(Trainer):
                 f"{self._step_rows}; they were not saved. {self._last_good}"
             )
         super().save_model(output_dir, _internal_call)
+
+    def save_whole_model(self, folder: str | Path) -> None:
+        """`save_model` to a folder of its own, which is whole or not there."""
+        final = Path(folder)
+        staged = final.parent / STAGING / final.name
+        try:
+            with disk_errors(final, self._how_to_go_on):
+                self.save_model(str(staged))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    put_in_place(staged, final)
+        finally:
+            if self.args.should_save:
+                discard_staging(final.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.sharded:

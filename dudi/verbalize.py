@@ -228,8 +228,12 @@ class ContextVerbalizer:
     @property
     def reads_samples(self) -> bool:
         """Whether any template names `student_completion`, which is there once y- is drawn."""
+        return self.reads("student_completion")
+
+    def reads(self, field: str) -> bool:
+        """Whether any template names `field`."""
         sources = [*self.templates.values(), *(source for _, source in self.chain)]
-        return any("student_completion" in _names(source) for source in sources)
+        return any(field in _names(source) for source in sources)
 
     @property
     def languages(self) -> list[str]:

@@ -18,6 +18,8 @@ from dudi_kernels.api import (
 from dudi_kernels.cost import MemoryPlan, plan_memory
 from dudi_kernels.divergences import DIVERGENCES, Divergence
 from dudi_kernels.head import LMHead, LoRA
+from dudi_kernels.likeliest import likeliest_tokens
+from dudi_kernels.shard import VocabularyShard
 from dudi_kernels.three_signals import DuDiLoss, linear_dudi_loss
 from dudi_kernels.topk import TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
@@ -38,7 +40,9 @@ __all__ = [
     "Tokens",
     "TopKTeacher",
     "Verbalizer",
+    "VocabularyShard",
     "align_responses",
+    "likeliest_tokens",
     "linear_cross_entropy",
     "linear_distill",
     "linear_distill_loss",

@@ -18,6 +18,7 @@ from dudi_kernels.classes import Classes
 from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
 from dudi_kernels.scalars import INTEGERS, POWERS, SHARES, TEMPERATURES, integer, number
+from dudi_kernels.shard import VocabularyShard
 from dudi_kernels.topk import TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
 
@@ -104,7 +105,8 @@ def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
         raise ValueError(
             f"{name} must be on {head.weight.device} as {head_name} is, got {hidden.device}"
         )
-    _masks_at_most(f"{head_name}.bias", head.bias)
+    if head.shard is None:  # else ranks find out together: a slice may be masked whole
+        _masks_at_most(f"{head_name}.bias", head.bias)
     rows = _flat_rows(hidden, head)
     if (own := leaf()) is not None:
         rows = rows._replace(leaves=_flat_rows(own(hidden), head.map(own)))
@@ -118,6 +120,11 @@ def _flat_rows(hidden: Tensor, head: LMHead) -> Rows:
 
 def gradient_tolerance(value: float, student: Rows) -> None:
     number("gradient_tolerance", value, 0, 1)
+    if value and student.head.shard is not None:
+        raise ValueError(
+            f"gradient_tolerance must be 0 with a sharded student_head, got {value}: what may be "
+            "left out of a tile depends on the tiles of other ranks"
+        )
     if value and devices.capturing(student.hidden.device):
         raise ValueError(
             f"gradient_tolerance must be 0 while a CUDA graph is captured, got {value}: what is "
@@ -153,6 +160,7 @@ def pair_of_sides(
     device, other = student.hidden.device, teacher.hidden.device
     if device != other:
         raise ValueError(f"teacher_hidden must be on {device} as student_hidden is, got {other}")
+    _same_shards(student.head, teacher.head, verbalizer)
     if verbalizer is not None:
         return _verbalized(student, teacher, verbalizer)
     if student.head.vocab_size != teacher.head.vocab_size:
@@ -163,6 +171,28 @@ def pair_of_sides(
             "that both have; Verbalizer.from_tokenizers is for another tokenizer"
         )
     return teacher, None
+
+
+def _same_shards(student: LMHead, teacher: LMHead, verbalizer: Verbalizer | None) -> None:
+    """Token v of both sides is on the same rank."""
+    if student.shard is None and teacher.shard is None:
+        return
+    if verbalizer is not None:
+        raise ValueError(
+            "verbalizer must be None with sharded heads: a class may have tokens of several ranks"
+        )
+    for one, other, who in ((student, teacher, "teacher"), (teacher, student, "student")):
+        if one.shard is not None and not one.shard.same_as(other.shard):
+            got = "a whole head" if other.shard is None else _slices(other.shard)
+            raise ValueError(
+                f"{who}_head must be sharded as the other head, {_slices(one.shard)}, got {got}"
+            )
+
+
+def _slices(shard: VocabularyShard) -> str:
+    return f"rows from {', '.join(map(str, shard.bounds[:-1]))} to {shard.vocab_size} on ranks " + (
+        ", ".join(map(str, shard.ranks))
+    )
 
 
 def _verbalized(
@@ -208,6 +238,11 @@ def exact(gradient_tolerance: float, classes: Classes | None) -> None:
 
 def top_p(value: float, student: Rows) -> float:
     value = number("teacher_top_p", value, SHARES[0], 1)
+    if value < 1 and student.head.shard is not None:
+        raise ValueError(
+            f"teacher_top_p must be 1 with a sharded student_head, got {value}: which tokens are "
+            "the teacher's likeliest depends on those of other ranks"
+        )
     if value < 1 and devices.capturing(student.hidden.device):
         raise ValueError(
             f"teacher_top_p must be 1 while a CUDA graph is captured, got {value}: how many tokens "
@@ -238,6 +273,8 @@ def top_k(
     """(N, k) ids and float64 log-probabilities."""
     if head is not None:
         raise ValueError("teacher_head must not be given with a TopKTeacher")
+    if student.head.shard is not None:
+        raise ValueError("student_head must not be sharded with a TopKTeacher")
     if temperatures != (1.0, 1.0):
         raise ValueError(
             "temperature must be 1 with a TopKTeacher, whose log-probabilities have one of their "
@@ -285,11 +322,12 @@ def first(wrong: Tensor) -> int | None:
 def targets(value: Tensor, rows: Rows, ignore_index: int | None) -> Tensor:
     """(N,) int64 targets in range; the first bad one is named."""
     flat = per_row("targets", value, rows, integers=True)
-    wrong = (flat < 0) | (flat >= rows.head.vocab_size)
+    size = rows.head.whole_size
+    wrong = (flat < 0) | (flat >= size)
     if ignore_index is not None:
         wrong &= flat != ignore_index
     if (i := first(wrong)) is not None:
-        wanted = f"in [0, {rows.head.vocab_size})"
+        wanted = f"in [0, {size})"
         if ignore_index is not None:
             wanted += f" or ignore_index={ignore_index}"
         raise ValueError(f"targets must be {wanted}, got {int(flat[i])} at row {i}")

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from dudi_kernels.autograd import fp32_gradients
 from dudi_kernels.devices import current_stream
 from dudi_kernels.head import LMHead, LoRA
+from dudi_kernels.shard import SHARDS, VocabularyShard
 from dudi_kernels.topk import TopKTeacher
 from dudi_kernels.verbalizer import VERBALIZERS, Verbalizer
 
@@ -32,7 +33,7 @@ Tensors = list[torch.Tensor]
 Place = tuple[str, Any]  # where an argument is in the flat lists, or what it is
 
 PARTS: dict[type, tuple[str, ...]] = {  # what is taken apart, in the order that rebuilds it
-    LMHead: ("weight", "bias", "softcap", "scale", "lora"),
+    LMHead: ("weight", "bias", "softcap", "scale", "lora", "shard"),
     LoRA: ("a", "b", "scaling"),
     TopKTeacher: ("ids", "log_probs"),
 }
@@ -79,6 +80,8 @@ def _place(value: Any, tensors: Tensors, sizes: list[int]) -> Place:
         kind = type(value)
         parts = [_place(getattr(value, part), tensors, sizes) for part in PARTS[kind]]
         return kind.__name__, tuple(parts)
+    if isinstance(value, VocabularyShard):  # a process group is no argument of an operator
+        return "shard", value.key
     if isinstance(value, Verbalizer):  # its tables are made once, so the operator is told which
         return "verbalizer", value.key
     if not isinstance(value, (int, float)) or _constant(value):
@@ -112,6 +115,8 @@ def _restored(place: Place, tensors: Sequence[Tensor], sizes: Sequence[int]) -> 
             return sizes[what]
         case "value":
             return what
+        case "shard":
+            return SHARDS[what]
         case "verbalizer":
             return VERBALIZERS[what]
         case _:

@@ -55,6 +55,7 @@ def plan_memory(
     """FLOPs, bytes moved, workspace and gradient bytes of a fused loss.
 
     Args:
+        vocab_size: of a head that ranks share, the rows of the largest slice.
         per_row: of `linear_distill`, `linear_log_prob` and the like (strategy *recompute*), rather
             than of a scalar loss (*retain*, or *recompute* where kernels make that cheaper).
         dtype: of hidden states and weights; half precision is converted block by block on a CPU

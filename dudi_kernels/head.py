@@ -11,14 +11,19 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dudi_kernels.autograd import no_autocast
-from dudi_kernels.scalars import SCALES, number
+from dudi_kernels.scalars import SCALES, integer, number
+from dudi_kernels.shard import VocabularyShard, group_of, is_distributed, local_rows, place
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ERROR = {torch.float32: 1e-3}  # of the norm, between check's logits and the model's
@@ -74,10 +79,12 @@ class LMHead:
         softcap: the bound of a tanh on the logits (Gemma), or None.
         scale: a positive factor on the logits (Cohere; Granite divides, so 1 / logits_scaling).
         lora: a low-rank adapter of the head (peft), or None; trained without building W + B A.
+        shard: where these rows are in a vocabulary that the ranks of a process group share, or
+            None: `LMHead.sharded` finds that out.
 
     Raises:
-        TypeError: weight or bias is not a plain floating-point tensor (quantised and sharded heads
-            are not supported).
+        TypeError: weight or bias is not a plain floating-point tensor (quantised heads are not
+            supported, a DTensor goes to `LMHead.sharded`).
         ValueError: shapes or devices that don't fit, a softcap or a scale that is not positive, or
             so small or large that fp32 does not hold its products. A bias that is NaN, +inf or
             -inf throughout is refused by the losses, on a CPU.
@@ -88,6 +95,7 @@ class LMHead:
     softcap: float | None = None
     scale: float = 1.0
     lora: LoRA | None = None
+    shard: VocabularyShard | None = None
 
     def __post_init__(self) -> None:
         _check_tensor("weight", self.weight)
@@ -104,6 +112,10 @@ class LMHead:
                     f"bias must be on {self.weight.device} as weight is, got {self.bias.device}"
                 )
         self._check_lora()
+        if self.shard is not None and self.shard.rows != self.vocab_size:
+            raise ValueError(
+                f"weight must have {self.shard.rows} rows as shard has, got {self.vocab_size}"
+            )
         if self.softcap is not None:
             number("softcap", self.softcap, *SCALES)
         number("scale", self.scale, *SCALES)
@@ -133,7 +145,18 @@ class LMHead:
 
     @property
     def vocab_size(self) -> int:
+        """Rows that are here: all, or this rank's."""
         return self.weight.shape[0]
+
+    @property
+    def whole_size(self) -> int:
+        """Rows of the whole vocabulary, wherever they are."""
+        return self.vocab_size if self.shard is None else self.shard.vocab_size
+
+    @property
+    def planned_size(self) -> int:
+        """Rows that plans are made for, so that ranks with fewer make the same."""
+        return self.vocab_size if self.shard is None else self.shard.largest
 
     @property
     def width(self) -> int:
@@ -145,14 +168,14 @@ class LMHead:
         lora = self.lora
         if lora is not None:
             lora = LoRA(change(lora.a), change(lora.b), lora.scaling)
-        return LMHead(change(self.weight), bias, self.softcap, self.scale, lora)
+        return LMHead(change(self.weight), bias, self.softcap, self.scale, lora, self.shard)
 
     def detach(self) -> LMHead:
         """The same head without gradients."""
         return self.map(Tensor.detach)
 
     def part(self, start: int, stop: int) -> LMHead:
-        """Rows [start, stop) of the vocabulary."""
+        """Rows [start, stop) of those that are here, by themselves."""
         bias, lora = self.bias, self.lora
         if bias is not None:
             bias = bias[start:stop]
@@ -162,10 +185,10 @@ class LMHead:
 
     def scaled(self, factor: float) -> LMHead:
         """The same head with logits times `factor`."""
-        return LMHead(self.weight, self.bias, self.softcap, self.scale * factor, self.lora)
+        return replace(self, scale=self.scale * factor)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        """Dense logits, in the inputs' dtype: for checks and tiny uses."""
+        """Dense logits of the rows here, in the inputs' dtype: for checks and tiny uses."""
         out = nn.functional.linear(hidden, self.weight, self.bias)
         if self.lora is not None:
             low = self.lora.low(hidden)
@@ -177,15 +200,67 @@ class LMHead:
         return out * self.scale
 
     @classmethod
-    def from_model(cls, model: Any) -> LMHead:
+    def sharded(
+        cls,
+        weight: Tensor,  # (V of this rank, D), or a DTensor (V, D)
+        bias: Tensor | None = None,  # (V of this rank,), or a DTensor (V,)
+        softcap: float | None = None,
+        scale: float = 1.0,
+        lora: LoRA | None = None,
+        *,
+        group: ProcessGroup | DeviceMesh | None = None,
+        start: int | None = None,
+        vocab_size: int | None = None,
+    ) -> LMHead:
+        """A head whose rows the ranks of a group share: each holds those after the rank before it.
+
+        Replaces, in every loss::
+
+            weight = torch.cat(all_gather(weight))  # and bias, and lora.b
+            loss = fused_loss(hidden, LMHead(weight, bias, softcap, scale, lora), ...)
+
+        All ranks call the losses alike, with all rows: hidden states, targets, weights of the rows
+        and `lora.a` are the same everywhere, `lora.b` is that of this rank's rows. All get the same
+        values, the whole gradient of the hidden states (and of `lora.a`), and the gradient of their
+        own rows of the head. A teacher's head is sharded in the same way. Heads are made on all
+        ranks together, as are the losses and their backward passes.
+
+        Args:
+            weight, bias: this rank's rows, any number of them; or DTensors, Shard(0) over a mesh of
+                one dimension, whose gradients are sharded as they are.
+            group: the process group (or mesh of one dimension); a DTensor has one.
+            start, vocab_size: where this rank's rows start and how many there are in all; checked
+                against what the ranks hold, if given.
+
+        Raises:
+            ValueError: on all ranks, where they don't fit together: a gap, an overlap, an empty
+                slice, other dtypes, widths, softcaps or scales, a bias or LoRA on some only.
+            TypeError, ValueError: as `LMHead`; a DTensor that is sharded in another way.
+        """
+        own, mesh = group_of(weight, group)
+        weight, bias = local_rows("weight", weight, mesh), local_rows("bias", bias, mesh)
+        for name, value in (("start", start), ("vocab_size", vocab_size)):
+            if value is not None:
+                integer(name, value, 0)
+        facts = _facts(weight, bias, softcap, scale, lora)
+        rows = len(weight) if isinstance(weight, Tensor) and weight.ndim else 0
+        shard = place(own, rows, weight.device, start, vocab_size, facts)
+        return cls(weight, bias, softcap, scale, lora, shard)
+
+    @classmethod
+    def from_model(cls, model: Any, *, group: ProcessGroup | DeviceMesh | None = None) -> LMHead:
         """Read the head of a transformers causal LM (or of a PEFT model around one).
 
         Honours bias, softcap (`final_logit_softcapping` and its like), scale (`logit_scale`,
         `logits_scaling`, `lm_head_multiplier`, `output_multiplier`), peft's `modules_to_save` and
         its LoRA on the head.
 
+        Args:
+            group: the ranks that share the vocabulary, where the model holds some rows of its head
+                on each of them (plain, or a DTensor): then all of them call, see `LMHead.sharded`.
+
         Raises:
-            TypeError: not such a model; a quantised or sharded (DTensor) head.
+            TypeError: not such a model; a quantised head; a DTensor without `group`.
             ValueError: the model has no head of this form: an encoder-decoder, no output
                 embeddings, a head adapted otherwise than by plain LoRA, a setting that shapes
                 logits in an unknown way.
@@ -203,7 +278,10 @@ class LMHead:
             kind = type(module).__name__
             raise ValueError(f"the head of {name} must be a linear layer, got {kind}")
         softcap, scale = _shape_of_logits(lm.config.get_text_config(), name)
-        return cls(weight, getattr(module, "bias", None), softcap, scale, lora)
+        bias = getattr(module, "bias", None)
+        if group is not None:
+            return cls.sharded(weight, bias, softcap, scale, lora, group=group)
+        return cls(weight, bias, softcap, scale, lora)
 
     @staticmethod
     def check(model: Any) -> None:
@@ -229,6 +307,20 @@ class LMHead:
             )
 
 
+def _facts(
+    weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, lora: LoRA | None
+) -> dict[str, Any]:
+    """What ranks must have in common to share a head."""
+    return {
+        "width": weight.shape[-1],
+        "dtype": weight.dtype,
+        "whether there is a bias": bias is not None,
+        "softcap (0: none)": float(softcap or 0.0),
+        "scale": float(scale),
+        "the rank of lora (0: none)": 0 if lora is None else len(lora.a),
+    }
+
+
 def as_head(head: LMHead | Tensor | None, name: str) -> LMHead:
     """A bare weight stands for a head without bias, softcap and scale."""
     if isinstance(head, LMHead):
@@ -244,6 +336,12 @@ def _check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {kind}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
+    if is_distributed(value):
+        raise TypeError(
+            f"{name} must be a plain tensor, got {kind}: under FSDP, make the head in the model's "
+            "forward, where it is whole; a vocabulary that ranks share goes to LMHead.sharded (or "
+            "from_model with its group)"
+        )
     if kind not in TENSORS:  # DTensor, Params4bit, torchao's: their dtype may look like a float's
         raise TypeError(f"{name} must be a plain tensor, got {kind}: such heads are not supported")
     if value.dtype not in FLOATS:

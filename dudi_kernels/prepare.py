@@ -18,11 +18,12 @@ from dudi_kernels.backends.gemms import converts
 from dudi_kernels.checks import Rows
 from dudi_kernels.classes import Classes
 from dudi_kernels.devices import GPUS
+from dudi_kernels.distributed import agree_on, new_sweep
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import NO_ROW, ClassSizes, Plan, plan_block, plan_retain, prefers_recompute
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
 from dudi_kernels.skipping import Skipped, Tally
-from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Sweep, Task, even, runs
+from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Task, even, runs
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -33,22 +34,23 @@ def _has_triton() -> bool:
 
 
 def pick_backend(name: str, device: torch.device) -> ModuleType:
-    """`auto` is Triton on a GPU where it is installed, and torch elsewhere."""
+    """`auto` is Triton on a GPU that it serves, where it is installed, and torch elsewhere."""
     checks.one_of("backend", name, BACKENDS)
-    if name == "torch" or (name == "auto" and not (device.type in GPUS and _has_triton())):
-        import dudi_kernels.backends.torch as torch_backend
-
-        return torch_backend
-    if not _has_triton():
+    if name == "triton" and not _has_triton():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
-    import dudi_kernels.backends.triton as triton_backend
+    if name == "triton" or (name == "auto" and device.type in GPUS and _has_triton()):
+        import dudi_kernels.backends.triton as triton_backend
 
-    if not triton_backend.serves(device):
-        raise ValueError(
-            "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first "
-            f"import), got {device}"
-        )
-    return triton_backend
+        if triton_backend.serves(device):
+            return triton_backend
+        if name == "triton":
+            raise ValueError(
+                "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first "
+                f"import), NVIDIA's from compute capability 8.0 on, got {device}"
+            )
+    import dudi_kernels.backends.torch as torch_backend
+
+    return torch_backend
 
 
 def wanted_gradients(rows: Rows) -> Needs:
@@ -149,7 +151,7 @@ class Problem(NamedTuple):
         return cls(
             hidden.device,
             len(hidden),
-            sides[0].head.vocab_size,
+            sides[0].head.planned_size,
             tuple(side.head.width for side in sides),
             hidden.dtype,
             measures,
@@ -249,8 +251,19 @@ def scalar(
 ) -> tuple[Tensor, RowValues, Skipped]:
     """The loss of a task, tied to the student's inputs, the per-row values, and what was left out:
     by *retain*, or by *recompute* where kernels make it cheaper."""
-    if not streams(task, backend, memory_budget):
-        sweep = Sweep(task, backend)
+    streamed = streams(task, backend, memory_budget)
+    agree_on(
+        (task.student, task.teacher),
+        "a scalar loss",
+        task.needs,
+        (*task.plan, streamed),
+        [span.measure for span in task.spans],
+        [span[:2] for span in task.spans],
+        task.groups,
+        (task.inv_tau, task.teacher_inv_tau, task.teacher_log_prob),
+    )
+    if not streamed:
+        sweep = new_sweep(task, backend)
         return *retain(rows, sweep, combine), sweep.tally.result()
     tally = Tally(task.weight.device)
     parts = _parts(task, backend, memory_budget)
@@ -343,6 +356,8 @@ def row_wise(
         entropy=entropy,
         classes=classes,
     )
+    needs, plan = wanted_gradients(student), (job.block, *(job.row_plan or ()))
+    agree_on((learner, guide), "a loss per row", needs, plan, [measure], temperatures, entropy)
     return RowWise.apply(job, *student.inputs)
 
 

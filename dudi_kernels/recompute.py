@@ -4,7 +4,8 @@ The forward pass streams blocks of columns for all rows and keeps their statisti
 pass makes the blocks again and writes each block of dW once, in its own dtype. Entropy and the two
 KLs add up over blocks by the chain rule, so they need one forward pass; other divergences need the
 log-sum-exps of whole rows first, and take two. An adaptive one needs whole rows of logits: its
-forward pass is one over chunks of rows.
+forward pass is one over chunks of rows. Ranks that have a slice of the vocabulary each meet on the
+way (distributed.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from dudi_kernels.autograd import first_order, no_autocast
+from dudi_kernels.chain import put_together, settle, widened
 from dudi_kernels.classes import Classes
+from dudi_kernels.distributed import Meeting, new_sweep
 from dudi_kernels.divergences import Measure
 from dudi_kernels.plan import Plan
 from dudi_kernels.skipping import Blocks, Tally, choose, runs_of
@@ -37,15 +40,7 @@ from dudi_kernels.sweep import (
     inputs_of,
     new_gradients,
 )
-from dudi_kernels.tiles import (
-    STUDENT_POLE,
-    TEACHER_POLE,
-    RowState,
-    Setting,
-    Steps,
-    Tile,
-    infinite_mask,
-)
+from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
 
 
 class Live(NamedTuple):
@@ -72,6 +67,10 @@ class Job(NamedTuple):
     backend: ModuleType
     live: Live | None = None  # tiles of the gradient; None: all
     classes: Classes | None = None  # that the divergence is over: both passes are over rows then
+
+
+def nothing() -> None:
+    """Between the passes of one process."""
 
 
 class Stream:
@@ -107,8 +106,9 @@ class Stream:
     def steps(self, state: RowState, tile: Tile, wanted: Steps) -> None:
         self.job.backend.steps(self.setting, state, tile, wanted)
 
-    def forward(self, state: RowState) -> None:
-        """Statistics of all rows, and the sums that are wanted."""
+    def forward(self, state: RowState, between: Callable[[], None] = nothing) -> None:
+        """Statistics of all rows, and the sums that are wanted; `between` the two where they are
+        two passes."""
         job, taught = self.job, self.job.teacher is not None
         if job.measure is None and not job.entropy:
             for tile, _ in self.blocks():
@@ -116,9 +116,11 @@ class Stream:
         elif job.measure is None or job.measure.chain is not None:
             _one_pass(self, state)
         else:
-            for wanted in (Steps(True, taught), Steps(sums=True)):
-                for tile, _ in self.blocks():
-                    self.steps(state, tile, wanted)
+            for tile, _ in self.blocks():
+                self.steps(state, tile, Steps(True, taught))
+            between()
+            for tile, _ in self.blocks():
+                self.steps(state, tile, Steps(sums=True))
 
     def gradients(
         self, state: RowState, columns: list[Chunk]
@@ -138,9 +140,26 @@ def _forward(job: Job) -> RowState:
         sweep.run()
         return sweep.state
     state = RowState.fresh(torch.zeros(len(rows), device=rows.device))
-    job.backend.Stream(job).forward(state)
+    stream, shard = job.backend.Stream(job), job.student.head.shard
+    if shard is None:
+        stream.forward(state)
+    else:
+        _forward_of_ranks(job, stream, state, Meeting(shard, state))
     _set_infinite(job, state)
     return state
+
+
+def _forward_of_ranks(job: Job, stream: Any, state: RowState, meeting: Meeting) -> None:
+    """The state of whole rows, from what each rank has of them."""
+    rows, taught = len(state.weight), job.teacher is not None
+    statistics = partial(meeting.statistics, 0, rows, student=True, teacher=taught)
+    stream.forward(state, statistics)
+    if job.measure is None and not job.entropy:
+        statistics()
+    elif job.measure is None or job.measure.chain is not None:
+        meeting.chained([(0, rows, job.measure)])
+    else:
+        meeting.sums(0, rows)
 
 
 def _set_infinite(job: Job, state: RowState) -> None:
@@ -169,91 +188,30 @@ def _row_sweep(job: Job, weight: Tensor, coefficient: Tensor | None, needs: Need
         needs=needs,
         classes=job.classes,
     )
-    return Sweep(task, job.backend)
+    return new_sweep(task, job.backend)
 
 
 # ---- one pass by the chain rule ------------------------------------------------------------------
 
-SUMS = ("entropy", "teacher_entropy", "divergence")  # of log-sum-exps' precision on the way
-Two = tuple[Tensor, Tensor]  # (N,) of earlier columns and of a block
-
 
 def _one_pass(blocks: Stream, state: RowState) -> None:
     """Statistics and sums of each block by itself, put together with those of earlier columns."""
-    job, wide = blocks.job, state.log_sum.dtype
-    whole = replace(state, **{name: getattr(state, name).to(wide) for name in SUMS})
+    job, targets, whole = blocks.job, blocks.setting.targets, widened(state)
     for tile, _ in blocks.blocks():
         own = RowState.fresh(state.weight)
         blocks.steps(own, tile, Steps(True, job.teacher is not None, sums=True))
-        if job.targets is not None:
-            inside = _inside(job.targets, tile)
+        if targets is not None:
+            inside = _inside(targets, tile)
             for name in ("target", "teacher_target"):
                 older, local = getattr(state, name), getattr(own, name)
                 older.copy_(torch.where(inside, local, older))
-        _put_together(whole, own, job.measure)
-    for name in SUMS:
-        getattr(state, name).copy_(getattr(whole, name))
-    if job.measure is None:
-        return
-    chain = job.measure.chain
-    assert chain is not None
-    state.g_sum.fill_(chain.offset)
-    if chain.slope:  # no 0 * inf
-        state.g_sum.add_(state.divergence, alpha=chain.slope)
+        put_together(whole, own, job.measure)
+    settle(state, whole, job.measure)
 
 
 def _inside(targets: Tensor, tile: Tile) -> Tensor:
     local = targets - tile.first_column
     return (local >= 0) & (local < tile.student.shape[1])
-
-
-def _put_together(whole: RowState, own: RowState, measure: Measure | None) -> None:
-    """A block's statistics and sums into those of earlier columns."""
-    shares = _shares(whole.log_sum, own.log_sum)
-    whole.entropy.copy_(_entropy((whole.entropy, own.entropy), shares))
-    shares = _shares(whole.teacher_log_sum, own.teacher_log_sum)
-    student = _shares(whole.tempered_log_sum, own.tempered_log_sum)
-    teacher = _shares(whole.teacher_tempered_log_sum, own.teacher_tempered_log_sum)
-    if measure is None:
-        return
-    assert measure.chain is not None
-    whole.teacher_entropy.copy_(_entropy((whole.teacher_entropy, own.teacher_entropy), shares))
-    first, second = (teacher, student) if measure.chain.teacher_first else (student, teacher)
-    whole.divergence.copy_(_kl((whole.divergence, own.divergence), first, second))
-    whole.poles.bitwise_or_(own.poles)
-    for pole, masked, other in (
-        (STUDENT_POLE, student[1], teacher[1]),
-        (TEACHER_POLE, teacher[1], student[1]),
-    ):
-        hit = (masked == -torch.inf) & (other > -torch.inf)
-        whole.poles.bitwise_or_(hit.int() * pole)
-
-
-def _shares(whole: Tensor, own: Tensor) -> Two:
-    """Logs of what earlier columns and a block have of the sum, which takes the block in."""
-    older = whole.clone()
-    torch.logaddexp(older, own, out=whole)
-    first, second = (torch.where(part == -torch.inf, part, part - whole) for part in (older, own))
-    return first, second
-
-
-def _entropy(entropies: Two, log_shares: Two) -> Tensor:
-    """H = sum_b w_b (H_b - log w_b)."""
-    older, own = (
-        torch.where(w == -torch.inf, 0, w.exp() * (entropy - w))
-        for entropy, w in zip(entropies, log_shares, strict=True)
-    )
-    return older + own
-
-
-def _kl(values: Two, first: Two, second: Two) -> Tensor:
-    """D = sum_b w_b (D_b + log w_b - log v_b); a block that one side masks whole has no D_b: a pole
-    says what it is worth."""
-    older, own = (
-        torch.where((w == -torch.inf) | (v == -torch.inf), 0, w.exp() * (value + w - v))
-        for value, w, v in zip(values, first, second, strict=True)
-    )
-    return older + own
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -452,6 +410,8 @@ def _gradients(
             if target is not None and gradient is not None:
                 target[block] = gradient
         del own, both, gradient  # before the next block's are made
+    if job.student.head.shard is not None:
+        job.student.head.shard.sum_(*(g for own in sums for g in (own.hidden, own.low)))
     rows = _of_all_rows(shares, sums, inputs)
     return tuple(a if a is not None else b for a, b in zip(rows, whole, strict=True))
 

@@ -193,6 +193,7 @@ class Sweep:
             self.verbalized = Verbalized(
                 task.classes, backend, self.setting, self.state, other.vocab_size
             )
+        self.mixes = True  # whether a backend makes the mixture of an adaptive divergence
         self.filled = False  # whether the weight's gradient has been written to
         self.tally = Tally(hidden.device)
 
@@ -292,7 +293,7 @@ class Sweep:
             wanted = Steps(
                 statistics=statistics,
                 teacher_statistics=read and (late_teacher or (statistics and teacher)),
-                mixture=sums and measure is not None and measure.adaptive,
+                mixture=sums and self.mixes and measure is not None and measure.adaptive,
                 sums=sums,
                 gradient=gradient,
             )

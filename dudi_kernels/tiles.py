@@ -9,7 +9,7 @@ rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,10 @@ class Setting(NamedTuple):
         inv_taus: tuple[float, float],  # the student's, the teacher's
         tile_rows: int,
     ) -> Setting:
-        """For these heads; a bias is where -inf comes from."""
+        """For these heads; a bias is where -inf comes from. Of a vocabulary that ranks share, this
+        rank's rows are all there is."""
+        if targets is not None and student.shard is not None:
+            targets = student.shard.local(targets)
         return cls(
             vocabulary=student.vocab_size,
             targets=targets,
@@ -118,6 +121,11 @@ class RowState:
             poles=new(weight, dtype=torch.int32),
             weight=weight,
         )
+
+    def rows(self, start: int, stop: int) -> RowState:
+        """Views of some rows."""
+        views = {k: v[start:stop] for k, v in vars(self).items() if v is not None}
+        return replace(self, **views)
 
     @property
     def log_prob(self) -> Tensor:

@@ -295,13 +295,15 @@ class Verbalizer:
 
         Args:
             teacher_tokenizer, student_tokenizer: see `token_bytes.token_bytes`.
-            teacher_size, student_size: rows of the heads, if they are padded.
+            teacher_size, student_size: rows of the heads, if they are padded; or fewer than tokens,
+                where the last ones are special, stand for no text and have no role.
             specials: more pairs of teacher and student ids, over the above: `{im_end: eos}`.
             cache_dir: a folder that keeps the map under a hash of its inputs; a broken file in it
                 is made again.
         """
         teacher, student = read(teacher_tokenizer), read(student_tokenizer)
         sizes = _head_sizes(teacher, student, teacher_size, student_size)
+        teacher, student = teacher.within(sizes[0]), student.within(sizes[1])
         pairs = dict(specials or {})
 
         def build() -> Verbalizer:
@@ -556,9 +558,9 @@ def _base(given: Verbalizer | None, sides: lexicon.Sides, unmatched: Unmatched) 
         raise TypeError(f"base must be a Verbalizer or None, got {type(given).__name__}")
     for side, vocabulary in (("teacher", teacher), ("student", student)):
         size, saved = getattr(given, f"{side}_size"), getattr(given, f"{side}_hash")
-        if size < len(vocabulary.bytes):
+        if size < vocabulary.needed:
             raise ValueError(
-                f"base must have a {side}_size of at least {len(vocabulary.bytes)} as "
+                f"base must have a {side}_size of at least {vocabulary.needed} as "
                 f"{side}_tokenizer has, got {size}"
             )
         if saved not in (None, vocabulary.hash):
@@ -586,8 +588,9 @@ def _head_sizes(
         ("teacher", teacher_size, teacher),
         ("student", student_size, student),
     ):
+        least = vocabulary.needed
         known = len(vocabulary.bytes)
-        sizes.append(known if size is None else integer(f"{name}_size", size, known))
+        sizes.append(known if size is None else integer(f"{name}_size", size, least))
     return sizes[0], sizes[1]
 
 

@@ -82,6 +82,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], "run_demo", ("runs/demo", 0, False)),
         (["--seed", "2", "--overwrite"], "run_demo", ("runs/demo", 2, True)),
+        (["--steps=5"], "run_demo", ("runs/demo", 0, False)),
         (["--teacher"], "train_teacher", ("runs/demo-teacher", 0, False)),
         (["--teacher", "--output_dir", "t"], "train_teacher", ("t", 0, False)),
     ],
@@ -93,6 +94,16 @@ def test_demo(
     assert cli.main(["demo", *words]) == 0
     (((folder,), kwargs),) = calls
     assert (folder, kwargs["seed"], kwargs["overwrite"]) == expected
+    assert kwargs.get("steps") == (5 if "--steps=5" in words else None)
+
+
+def test_lexicon(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "dudi.lexicon_build.run_lexicon")
+    words = ["--dataset_name", "d.jsonl", "--output=l.tsv", "--languages", "[id, th]"]
+    assert cli.main(["lexicon", *words, "--min_dice", "1"]) == 0
+    ((_, kwargs),) = calls
+    assert kwargs["languages"] == ["id", "th"] and kwargs["tokenizer_name_or_path"] is None
+    assert (kwargs["output"], kwargs["pivot"], kwargs["min_dice"]) == ("l.tsv", "en", 1.0)
 
 
 def test_report_prints_where_it_is(
@@ -115,6 +126,7 @@ def test_report_prints_where_it_is(
         (["train", "--output_dir", "x"], "exactly one of model_name_or_path and model_config"),
         (["evaluate", "--model_name_or_path", "m"], "--dataset_name must be given"),
         (["evaluate", "--batch_size", "many"], "batch_size must be int, got 'many' (str)"),
+        (["demo", "--teacher", "--steps", "5"], "steps is for the students"),
         (["demo", "--sed", "1"], "unknown config key 'sed'; did you mean 'seed'?"),
     ],
 )

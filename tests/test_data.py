@@ -6,6 +6,7 @@ import copy
 import filecmp
 import gzip
 import json
+import re
 from collections import Counter
 from typing import Any, cast
 
@@ -209,6 +210,7 @@ def test_truncation_takes_the_middle_of_prompts_and_the_end_of_completions(token
         "truncated_teacher_prompts": 0,
         "unpaired_responses": 0,
         "dropped": 0,
+        "bad_rows": 0,
     }
     assert [tokenizer.decode(ids) for ids in made["prompt_ids"]] == [
         "1234", "1256", "12", "1256", "1",
@@ -306,6 +308,30 @@ def test_bad_rows_are_named(tokenizer, case):
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         prepare(rows, tokenizer, split_name="eval")
     assert f"row {len(rows) - 1} of the eval dataset: " in str(caught.value)
+    if len(rows) == 2:
+        aside: list[dict[str, Any]] = []
+        with pytest.warns(UserWarning, match="1 of 2 rows of the eval dataset are bad .*row 1"):
+            made, counts = prepare(rows, tokenizer, split_name="eval", quarantine=aside)
+        assert made["row"][:] == [0] and (counts["bad_rows"], counts["dropped"]) == (1, 0)
+        assert made[:] == prepare([good], tokenizer)[0][:]
+        (told,) = aside
+        assert (told["split"], told["row"]) == ("eval", 1) and re.search(message, told["reason"])
+
+
+def test_nothing_but_bad_rows_is_an_error(tokenizer):
+    with (
+        pytest.warns(UserWarning, match="bad and left out"),
+        pytest.raises(ValueError, match="no row of the train dataset is left: 2 are bad, 0 exceed"),
+    ):
+        prepare([{**ROW, "completion": ""}] * 2, tokenizer, quarantine=[])
+
+
+def test_a_row_without_a_language_is_set_aside(tokenizer):
+    rows = [{**ROW, "language": code} for code in ("th", None)]
+    aside: list[dict[str, Any]] = []
+    with pytest.warns(UserWarning, match="row 1 is the first: language must"):
+        made, _ = prepare(rows, tokenizer, verbalizer=ContextVerbalizer(), quarantine=aside)
+    assert made["row"][:] == [0]
 
 
 def _arrow_accepts(rows):

@@ -30,19 +30,40 @@ def test_demo(short: None, tmp_path: Path) -> None:
     folder = demo.run_demo(tmp_path / "demo", seed=3, console=Console(quiet=True))
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["seed"] == 3
-    for name in ("teacher", "warm", "sft", "dudi"):
+    for name in ("teacher", *demo.RUNS):
         own = summary[name]
         assert {"parameters", "optimizer_steps", "seconds"} < own.keys()
         assert len(own["languages"]) == 10 and own["mean"].keys() == FIGURES
         assert all(figures.keys() == FIGURES for figures in own["languages"].values())
     assert summary["teacher"]["mean"]["kl_to_teacher"] == 0
     assert summary["warm"]["parameters"] * 3 <= summary["teacher"]["parameters"]
-    assert {r["run"] for r in read_jsonl(folder / "metrics.jsonl")} == {"warm", "sft", "dudi"}
+    assert {r["run"] for r in read_jsonl(folder / "metrics.jsonl")} == set(demo.RUNS)
+    _check_ablations(folder)
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
     for checkpoint in ("warm/model", "dudi/model", "dudi/checkpoint-2"):
         AutoModelForCausalLM.from_pretrained(folder / checkpoint)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        demo.run_demo(tmp_path / "other", console=Console(quiet=True), steps=0)
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"):
         demo.run_demo(folder, console=Console(quiet=True))
+
+
+def _check_ablations(folder: Path) -> None:
+    """Each taught run differs from DuDi's own in what it says, at equal steps."""
+    runs = {
+        name: json.loads((folder / name / "run.json").read_text(encoding="utf-8"))
+        for name in demo.RUNS
+    }
+    assert {run["steps"] for run in runs.values()} == {2}
+    own = runs["dudi"]["config"]
+    for name, changed in {
+        "no_context": {"context_verbalizer"},
+        "lexicon": {"lexicon", "lexicon_share"},
+    }.items():
+        config = runs[name]["config"]
+        differ = {key for key in own if own[key] != config.get(key)}
+        assert differ - {"output_dir", "logging_dir", "run_name"} == changed
+    assert runs["dudi"]["vocabulary"] is None and runs["lexicon"]["vocabulary"] is not None
 
 
 def test_teacher_is_what_its_card_says() -> None:

@@ -245,8 +245,42 @@ def test_a_checkpoint_without_the_optimizer_is_not_resumed(
 ) -> None:
     folder = tmp_path / "run"
     assert train(models, folder, save_only_model=True) == 0
-    assert train(models, folder, "--resume", max_steps=3) == 2
+    with pytest.warns(UserWarning, match="checkpoint-2 is not whole .*no optimizer"):
+        assert train(models, folder, "--resume", max_steps=3) == 2
     assert "no whole checkpoint" in error_of(capsys)
+
+
+def test_bad_rows_are_left_out_if_asked_for(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = tmp_path / "run", Path(models["dataset_name"])
+    lines = data.read_text(encoding="utf-8").splitlines()
+    blank = [{"role": "assistant", "content": " "}]
+    bad = json.dumps({**json.loads(lines[3]), "completion": blank})
+    data.write_text("\n".join([*lines[:3], bad, *lines[4:]]), encoding="utf-8")
+    assert train(models, folder) == 2
+    assert "row 3 of the train dataset: completion must not be empty" in error_of(capsys)
+    with pytest.warns(UserWarning, match="1 of 12 rows of the train dataset are bad"):
+        assert train(models, folder, bad_rows="skip") == 0
+    assert "11 rows, 1 bad rows" in " ".join(capsys.readouterr().out.split())
+    told = [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()]
+    reason = "completion must not be empty, got ' '"
+    assert told == [{"split": "train", "row": 3, "reason": reason}]
+    with pytest.warns(UserWarning, match="are bad"):
+        assert (
+            train(models, folder, "--resume", bad_rows="skip", max_steps=3) == 2
+        )  # another recipe
+    assert "max_steps was 2" in error_of(capsys)
+
+
+def test_a_launcher_is_told_what_happened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun reads this file for its summary."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"].partition(": ")[2] in error_of(capsys) + "."
 
 
 def test_an_adapter_resumes_on_its_own_base_only(
@@ -272,9 +306,11 @@ def test_an_adapter_resumes_on_its_own_base_only(
 def test_a_broken_checkpoint_is_told_in_a_line(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    """Files of the right size with other content."""
     folder = tmp_path / "run"
     assert train(models, folder) == 0
-    (folder / "checkpoint-2" / name).write_text("{}")
+    path = folder / "checkpoint-2" / name
+    path.write_bytes(b"{}".ljust(path.stat().st_size))
     assert train(models, folder, "--resume") == 2
     assert name in error_of(capsys)
 

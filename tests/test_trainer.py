@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,41 @@ def test_step_equals_dense_formulas(tmp_path: Path, length_power: int) -> None:
         want_grad = parameter.grad
         error = (got[name] - want_grad).norm() / want_grad.norm()
         assert error < 1e-4, name
+
+
+def test_compiled_bodies_give_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of student, teacher and reference; weights are there once."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain = make(tmp_path / "False", max_steps=2)
+    compiled = make(tmp_path / "True", max_steps=2, compile_bodies=True)
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+    for trainer in (plain, compiled):
+        trainer.train()
+    for a, b in zip(*(tiny.logged(tmp_path / str(x)) for x in (False, True)), strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+
+
+def test_activations_may_be_made_twice(tmp_path: Path) -> None:
+    """In the student's body, with the same losses."""
+    counts = {}
+    for twice in (False, True):
+        trainer = make(tmp_path / str(twice), activation_checkpointing=twice, max_steps=2)
+        calls: list[int] = []
+        trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        trainer.train()
+        counts[twice] = len(calls)
+    assert counts[True] == counts[False] + 2
+    saved, made = (tiny.logged(tmp_path / str(twice)) for twice in (False, True))
+    assert saved == made
+
+
+def test_liger_s_kernels_but_not_its_losses(tmp_path: Path, monkeypatch: Any) -> None:
+    told = []
+    monkeypatch.setattr(
+        "transformers.trainer.apply_liger_kernel", lambda model, kernels: told.append(kernels)
+    )
+    make(tmp_path, max_steps=1, use_liger_kernel=True, liger_kernel_config={"rope": True}).train()
+    assert told == [{"rope": True, "cross_entropy": False, "fused_linear_cross_entropy": False}]
 
 
 def test_without_padding_the_losses_are_the_same(tmp_path: Path) -> None:
@@ -547,7 +583,8 @@ def test_refuses_half_written_checkpoint(tmp_path: Path) -> None:
     make(tmp_path, **saving).train()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"half')
     trainer = make(tmp_path, **saving)
-    trainer.train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="checkpoint-2 is not whole .*trainer_state.json has 6"):
+        trainer.train(resume_from_checkpoint=True)
     assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     with pytest.raises(ValueError, match="whole checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))

@@ -18,19 +18,14 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from bench.vocabularies import fast, qwen, qwen3_6, smollm2, tekken
-from dudi.demo_data import LANGUAGES, data_path, ui_strings
+from bench.vocabularies import TEXT_LANGUAGES, fast, qwen, qwen3_6, smollm2, tekken, texts
+from dudi.demo_data import data_path
 
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def texts(language: str, count: int | None = None) -> list[str]:
-    """The embedded strings of a language."""
-    return [item[language] for item in ui_strings() if item[language]][:count]
-
-
 def every_language(count: int) -> list[str]:
-    return [text for language in ("en", *LANGUAGES) for text in texts(language, count)]
+    return [text for language in TEXT_LANGUAGES for text in texts(language)[:count]]
 
 
 def byte_level(words: Iterable[str] = (), eos: str = "<|im_end|>") -> Any:

@@ -46,11 +46,13 @@ class Variant(NamedTuple):
     targets: bool = True  # and the gradient of their log-probabilities
     entropy: bool = False  # its gradient
     aligned: bool = True  # without: an odd vocabulary, and odd widths
+    offset: bool = False  # heads that begin anywhere in a buffer
     skipping: bool = False  # of tiles, where the kernels project
     wide_teacher: bool = False  # in fp32, beside a student in half precision
     wide_weights: bool = False  # in fp32, under autocast
 
 
+MOST = Variant(bias=True, tempered=True, softcap=True, entropy=True)
 VARIANTS = {
     "plain": Variant(),
     "masked": Variant(bias=True),
@@ -61,10 +63,13 @@ VARIANTS = {
     "untargeted": Variant(targets=False),
     "entropy": Variant(entropy=True),
     "unaligned": Variant(aligned=False),
+    "offset": Variant(offset=True),
     "skipping": Variant(skipping=True),
     "mixed": Variant(wide_teacher=True),
     "autocast": Variant(wide_weights=True),
-    "everything": Variant(bias=True, tempered=True, softcap=True, lora=True, entropy=True),
+    "most": MOST,
+    "skipping-most": MOST._replace(skipping=True),
+    "everything": MOST._replace(lora=True),
 }
 
 
@@ -145,6 +150,10 @@ def compile_all(
     def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
+    def weight(columns: int, width: int, dtype: torch.dtype) -> Tensor:
+        start = int(extra.offset)
+        return meta(columns * width + start, dtype=dtype)[start:].view(columns, width)
+
     def source(width: int, columns: int, hidden: torch.dtype) -> launch.Source:
         if not fused:
             return launch.Source(softcap, 1.0, logits=meta(rows, columns))
@@ -152,7 +161,7 @@ def compile_all(
         bias = meta(columns, dtype=own) if extra.bias else None
         a, b = (meta(*size, dtype=own) for size in ((RANK, width), (columns, RANK)))
         lora = LoRA(a, b) if extra.lora else None
-        head = LMHead(meta(columns, width, dtype=own), bias, softcap, lora=lora)
+        head = LMHead(weight(columns, width, own), bias, softcap, lora=lora)
         low = meta(rows, RANK) if extra.lora else None
         return launch.Source.of(Side(meta(rows, width, dtype=hidden), head, low))
 
@@ -234,6 +243,8 @@ def limits(found: Launch, gpu: Gpu) -> list[str]:
             continue
         if value.base.stride(0) * value.base.element_size() % 16:
             wrong.append(f"{name}: the stride of a descriptor must be a multiple of 16 bytes")
+        if value.base.data_ptr() % 16:
+            wrong.append(f"{name}: the address of a descriptor must be a multiple of 16")
         if max(value.block_shape) > MAX_BOX:
             wrong.append(f"{name}: a descriptor's block is at most {MAX_BOX} long")
     if (shared := found.compiled.metadata.shared) > gpu.shared:

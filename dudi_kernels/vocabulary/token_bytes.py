@@ -33,6 +33,18 @@ class Vocabulary(NamedTuple):
     roles: dict[str, int]
     hash: str
 
+    @property
+    def needed(self) -> int:
+        """Rows that a head must have at least: up to the last token that stands for text or has a
+        role. Gemma-3's text models have no row for <image_soft_token>, which their tokenizer has.
+        """
+        spoken = (i for i, text in enumerate(self.bytes) if text is not None)
+        return 1 + max([*spoken, *self.roles.values()], default=-1)
+
+    def within(self, rows: int) -> Vocabulary:
+        """Of a head with so many rows, at least `needed`."""
+        return self._replace(bytes=self.bytes[:rows])
+
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """The bytes of each token, by id.

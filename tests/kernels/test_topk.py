@@ -17,7 +17,7 @@ from cases import (
     make_targets,
 )
 
-from dudi_kernels import DIVERGENCES, TopKTeacher, linear_distill_loss
+from dudi_kernels import DIVERGENCES, TopKTeacher, likeliest_tokens, linear_distill_loss
 
 BETA, ALPHA = 0.3, 0.2
 ROWS, VOCAB, WIDTH, K = 19, 1031, 16, 7
@@ -182,3 +182,25 @@ def test_bad_calls(change, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_distill_loss(**(given | change))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("style", STYLES, ids=["plain", "shaped"])
+def test_likeliest_tokens_are_those_of_the_dense_logits(style, backend):
+    side = make_side(ROWS, VOCAB, WIDTH, **style)
+    got = likeliest_tokens(side.hidden, side.head, K, backend=backend, memory_budget=SMALL)
+    want = side.double().logits().log_softmax(-1).topk(K)
+    assert torch.equal(got.ids, want.indices)
+    assert error(got.log_probs, want.values) < VALUE_RTOL
+    none = likeliest_tokens(side.hidden[:0], side.head, 2, backend=backend)
+    assert none.ids.shape == (0, 2)
+    with pytest.raises(ValueError, match=f"k must be at most the head's {VOCAB} rows"):
+        likeliest_tokens(side.hidden, side.head, VOCAB + 1)
+
+
+def test_all_tokens_of_a_head_are_the_head():
+    student, teacher = make_side(ROWS, 61, WIDTH), make_side(ROWS, 61, 24, seed=9)
+    known = likeliest_tokens(teacher.hidden, teacher.head, 61)
+    whole = linear_distill_loss(student.hidden, student.head, teacher.hidden, teacher.head)
+    got = linear_distill_loss(student.hidden, student.head, known)
+    assert error(got.loss, whole.loss) < VALUE_RTOL

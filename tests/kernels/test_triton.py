@@ -12,7 +12,8 @@ from cases import error, make_side, make_targets
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dudi_kernels import linear_distill
+import dudi_kernels.backends.triton as triton_backend
+from dudi_kernels import LMHead, linear_distill, prepare
 from dudi_kernels.backends.triton import kernels, launch
 from dudi_kernels.backends.triton.launch import Launcher, Sides, Source
 from dudi_kernels.divergences import DIVERGENCES
@@ -84,6 +85,50 @@ def test_blocks_fit_the_wider_side(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_are_the_same_where_some_are_left_out(masked, capability, dtype, monkeypatch):
+    """`statistics` and `gradient` may differ in anything but rows and columns."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    target = launch.Target("cuda" if capability else "hip", capability, 132)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    side, state = make_side(4, 64, 32, dtype), RowState.fresh(torch.ones(4))
+    for inv_tau, softcap in ((1.0, None), (0.5, None), (1.0, 30.0), (0.5, 30.0)):
+        head = LMHead(side.head.weight.detach(), softcap=softcap)
+        source = Source.of(SweepSide(side.hidden, head, None))
+        setting = Setting(64, None, inv_tau, 1.0, softcap, 1.0, masked, 1)
+        own = Launcher(setting, state, Sides(source, source), 4, 64)
+        for divergence in DIVERGENCES.values():
+            blocks = own._blocks(kernels.gradient, divergence.measure(0.5, 0.5), skipping=True)
+            assert blocks[:2] == own.tile()
+
+
+@pytest.mark.parametrize(
+    ("of", "aligned"),
+    [
+        (lambda wide: wide[:-1].view(64, 48), True),
+        (lambda wide: wide[1:].view(64, 48), False),  # an address in a flat buffer
+        (lambda wide: wide[: 64 * 47].view(64, 47)[:, :32], False),
+        (lambda wide: wide[:-1].view(48, 64).t(), True),  # copied
+    ],
+    ids=["plain", "address", "stride", "transposed"],
+)
+def test_blocks_of_heads_that_are_not_aligned(of, aligned, monkeypatch):
+    """Loaded element by element they take the blocks of odd widths; larger ones spill."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    target = launch.Target("cuda", 90, 132)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    weight = of(torch.randn(64 * 48 + 1, dtype=torch.bfloat16))
+    hidden = torch.randn(4, weight.shape[1], dtype=torch.bfloat16)
+    state, setting = RowState.fresh(torch.ones(4)), Setting(64, None, 1.0, 1.0, None, 1.0, False, 1)
+    source = Source.of(SweepSide(hidden, LMHead(weight), None))
+    own = Launcher(setting, state, Sides(source, source), 4, 64)
+    blocks = own._blocks(kernels.statistics)
+    wanted = launch.fused_blocks(target, torch.bfloat16, 0 if aligned else 4, aligned)
+    assert blocks == wanted and own._common(True, blocks)["DESCRIPTORS"] is aligned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_descriptors_load_what_pointers_load(dtype, monkeypatch):
     plain, made = per_row(dtype, divergence="jsd"), []
     real = launch.TensorDescriptor.from_tensor
@@ -135,6 +180,25 @@ def test_asking_for_triton_where_it_cannot_run():
         "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before the first import)"
     )
     assert wanted in run.stderr and "got cpu" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        (launch.Target("cuda", 75, 40), "torch"),
+        (launch.Target("cuda", 80, 108), "triton"),
+        (launch.Target("hip", 0, 304), "triton"),
+        (launch.Target("xpu", 0, 64), "triton"),
+    ],
+    ids=["turing", "ampere", "rocm", "xpu"],
+)
+def test_auto_is_triton_where_it_has_tensor_cores(target, wanted, monkeypatch):
+    monkeypatch.setattr(triton_backend, "planned", lambda device: target)
+    device = torch.device("xpu" if target.kind == "xpu" else "cuda", 0)
+    assert prepare.pick_backend("auto", device).__name__ == f"dudi_kernels.backends.{wanted}"
+    if wanted == "torch":
+        with pytest.raises(ValueError, match=r"from compute capability 8\.0 on, got cuda:0"):
+            prepare.pick_backend("triton", device)
 
 
 def test_precision_follows_torch():

@@ -7,7 +7,7 @@ logit is ever stored; what is stored of the gradient is a block of columns, for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
@@ -24,6 +24,7 @@ from dudi_kernels.backends.triton.kernels import (
     TEMPERED_MASS,
 )
 from dudi_kernels.backends.triton.launch import (
+    OLDEST,
     Launcher,
     Sides,
     Source,
@@ -35,7 +36,7 @@ from dudi_kernels.backends.triton.maps import class_logits, pull, shares
 from dudi_kernels.devices import GPUS
 from dudi_kernels.divergences import Measure
 from dudi_kernels.reach import REACH
-from dudi_kernels.recompute import Job
+from dudi_kernels.recompute import Job, nothing
 from dudi_kernels.skipping import Blocks, Masses, bounds
 from dudi_kernels.sweep import Chunk, Side, chunks
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, log_probs
@@ -58,8 +59,12 @@ __all__ = [
 
 
 def serves(device: torch.device) -> bool:
-    """Whether kernels can run on a device; a CPU only interprets them."""
-    return device.type in GPUS or (INTERPRETED and device.type == "cpu")
+    """Whether kernels can run on a device; a CPU only interprets them, and NVIDIA's tensor cores
+    before Ampere's are none to Triton: projections would spill kilobytes."""
+    if device.type not in GPUS:
+        return INTERPRETED and device.type == "cpu"
+    target = planned(device)
+    return target.kind != "cuda" or target.capability >= OLDEST
 
 
 def needs_temporaries(device: torch.device, measures: list[Measure | None]) -> bool:
@@ -160,31 +165,35 @@ class Stream:
         """Columns and rows."""
         return (0, self.setting.vocabulary), (0, len(self.job.student.hidden))
 
-    def forward(self, state: RowState) -> None:
-        """Statistics of all rows, and the sums that are wanted."""
+    def forward(self, state: RowState, between: Callable[[], None] = nothing) -> None:
+        """Statistics of all rows, and the sums that are wanted; `between` the two where they are
+        two passes."""
         if len(self.job.student.hidden):
-            self._forward(self._launcher(state, *self._whole))
+            self._forward(self._launcher(state, *self._whole), between)
 
-    def _forward(self, launch: Launcher, masses: Tensor | None = None) -> None:
+    def _forward(
+        self, launch: Launcher, between: Callable[[], None] = nothing, masses: Tensor | None = None
+    ) -> None:
         job = self.job
         wanted = job.entropy or job.measure is not None
         chained = job.measure is None or job.measure.chain is not None
         taught = job.teacher is not None
         launch.statistics(True, taught, job.measure, wanted and chained, masses)
         if wanted and not chained:
+            between()
             launch.sums(job.measure)
 
     def forward_with_bounds(self, state: RowState) -> Blocks:
         """As `forward`; and what each tile's gradient is bounded by. Rows go through in parts:
         the masses of their tiles take no more than the gradient's buffer will."""
         columns, (_, rows) = self._whole
-        height, width = self._launcher(state, columns, (0, 0)).tile()
+        height, width = self._launcher(state, *self._whole).tile()
         tiles = -(-columns[1] // width)
         step = rows * min(self.job.block, columns[1]) // (MASS_FIELDS * tiles * height)
         parts: list[Blocks] = []
         for part in chunks(0, rows, max(1, step) * height):
             logs = torch.empty(MASS_FIELDS, tiles, part[1] - part[0], device=state.weight.device)
-            self._forward(self._launcher(state, columns, part), logs)
+            self._forward(self._launcher(state, columns, part), masses=logs)
             own, measure = slice(*part), self.job.measure
             found = _masses(self.setting, state, own, logs, measure)
             bounded = bounds(self.setting, state, own, measure, found, width)

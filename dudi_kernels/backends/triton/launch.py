@@ -18,11 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dudi_kernels.backends.triton import kernels, tune
 from dudi_kernels.backends.triton.elements import INTERPRETED
 from dudi_kernels.devices import GPUS, guard
-from dudi_kernels.divergences import Measure
+from dudi_kernels.divergences import Helpers, Measure
 from dudi_kernels.reach import REACH
 from dudi_kernels.sweep import Side
 from dudi_kernels.tiles import RowState, Setting, smooth_mask
 
+OLDEST = 80  # compute capability of NVIDIA's GPUs: Triton has no tensor cores before
 COMBINE_ROWS = 64
 WAVES = 4  # programs for each multiprocessor, where rows alone are too few
 INTERPRETED_UNITS = 1  # the interpreter's "multiprocessors": some splits at small shapes
@@ -62,6 +63,13 @@ class Source(NamedTuple):
     def of(cls, side: Side) -> Source:
         return cls(side.head.softcap, side.head.scale, side=side)
 
+    @property
+    def operands(self) -> list[Tensor]:
+        """The matrices that kernels load."""
+        if self.side is None:
+            return [] if self.logits is None else [self.logits]
+        return [self.side.hidden, self.side.head.weight]
+
 
 class Sides(NamedTuple):
     student: Source
@@ -85,6 +93,11 @@ class Sides(NamedTuple):
         sides = [source.side for source in self if source is not None and source.side is not None]
         return functools.reduce(torch.promote_types, (side.hidden.dtype for side in sides))
 
+    @property
+    def aligned(self) -> bool:
+        """Whether all that kernels load can be loaded 16 bytes at once."""
+        return all(_aligned(t) for source in self if source is not None for t in source.operands)
+
 
 # ---- choices -------------------------------------------------------------------------------------
 
@@ -98,29 +111,31 @@ def read_blocks(target: Target, aligned: bool) -> Blocks:
 
 def fused_blocks(target: Target, dtype: torch.dtype, load: int = 0, aligned: bool = True) -> Blocks:
     """For kernels that project: as large as registers hold without spills (aot tells). `load`, 0
-    to 4, is how much there is beside both sides' tiles."""
+    to 5, is how much there is beside both sides' tiles; 4 and 5 have the same rows and columns."""
     if INTERPRETED:
         return Blocks(32, 1024, 64, 4, 1)
     if dtype == torch.float32:
         return _wide_blocks(target, load)
     if target.kind == "hip":
-        return Blocks(128, (64, 64, 64, 32, 32)[load], 64, 4, 2)
+        return Blocks(128, (64, 64, 64, 32, 32, 32)[load], 64, 4, 2)
     if target.kind != "cuda":
         return Blocks(64, 64, 64, 4, 2)
     match target.capability // 10:
         case 8:
-            return Blocks(128, (64, 64, 32, 32, 32)[load], 32, 8, 4)
+            width, stages = (64, 3) if load == 5 else (32, 4)
+            return Blocks(128, (64, 64, 32, 32, 32, 32)[load], width, 8, stages)
         case 9:
-            return Blocks(128, (128, 64, 64, 64, 32)[load], 64 if aligned else 32, 8, 4)
+            return Blocks(128, (128, 64, 64, 64, 32, 32)[load], 64 if aligned else 32, 8, 4)
         case 10:
-            return Blocks(128, (128, 64, 64, 32, 32)[load], 64 if aligned else 16, 8, 4)
+            return Blocks(128, (128, 64, 64, 32, 32, 32)[load], 64 if aligned else 16, 8, 4)
         case _:
-            return Blocks(128, (64, 64, 64, 32, 32)[load], 64 if aligned else 32, 8, 2)
+            columns, warps = (64, 64, 64, 32, 32, 32)[load], 4 if load == 5 else 8
+            return Blocks(128, columns, 64 if aligned else 32, warps, 2)
 
 
 def _wide_blocks(target: Target, load: int) -> Blocks:
     """Of fp32, of which a register holds half as much."""
-    columns = (64, 64, 64, 64, 32)[load]
+    columns = (64, 64, 64, 64, 32, 32)[load]
     if target.kind == "hip":
         return Blocks(64, columns, 16, 8 if load < 4 else 4, 2)
     return Blocks(64, columns, 16, 8, 3 if target.capability >= 100 else 2)
@@ -259,9 +274,13 @@ def _describe(arguments: dict[str, Any], blocks: Blocks) -> None:
     arguments["DESCRIPTORS"] = True
 
 
-def _aligned(rows: Tensor) -> bool:
-    """Whether rows begin where 16 bytes can be loaded at once."""
-    return rows.shape[1] * rows.element_size() % 16 == 0
+def _aligned(matrix: Tensor) -> bool:
+    """Whether rows begin where 16 bytes can be loaded at once, and any part's rows as well; a
+    matrix whose rows are not in one piece is copied."""
+    starts = [matrix.shape[1] * matrix.element_size()]
+    if matrix.stride(1) == 1:
+        starts += [matrix.stride(0) * matrix.element_size(), matrix.data_ptr()]
+    return all(start % 16 == 0 for start in starts)
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -314,25 +333,35 @@ class Launcher:
     def _blocks(
         self, kernel: Any, measure: Measure | None = None, skipping: bool = False
     ) -> Blocks:
-        """Of all kernels the same where tiles are skipped: they say what a tile is."""
-        if self.sides.student.logits is not None:
-            return read_blocks(self.target, _aligned(self.sides.student.logits))
-        sides = [source.side for source in self.sides if source is not None and source.side]
-        setting, aligned = self.setting, all(_aligned(side.hidden) for side in sides)
-        adaptive = measure is not None and measure.adaptive
-        more = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
-        more = more or any(side.head.softcap is not None for side in sides)
-        if not aligned or any(side.head.lora is not None for side in sides):
-            load = 4  # a pointer for each element, or a product more
-        elif skipping or (setting.masked and kernel is kernels.sums):
-            load = 3
-        elif setting.masked or kernel is kernels.sums or adaptive:
-            load = 2
-        elif kernel is kernels.statistics:
-            load = 2 if more else 0
-        else:
-            load = int(more or (measure is not None and measure.chain is None))
+        """With the same rows and columns for all kernels where tiles are skipped."""
+        aligned = self.sides.aligned
+        if not self.sides.fused:
+            return read_blocks(self.target, aligned)
+        load = 4 if not aligned else self._load(kernel, measure, skipping)
         return fused_blocks(self.target, self.sides.dtype, load, aligned)
+
+    def _load(self, kernel: Any, measure: Measure | None, skipping: bool) -> int:
+        """How much a kernel holds beside both sides' tiles, 0 to 5 (`fused_blocks`)."""
+        setting = self.setting
+        heads = [source.side.head for source in self.sides if source is not None and source.side]
+        tempered = (setting.inv_tau, setting.teacher_inv_tau) != (1.0, 1.0)
+        capped = any(head.softcap is not None for head in heads)
+        more, most = tempered or capped, setting.masked and tempered and capped
+        helpers = Helpers.NONE if measure is None else measure.helpers
+        adaptive = measure is not None and measure.adaptive
+        if any(head.lora is not None for head in heads):
+            return 4  # a product more
+        if kernel is kernels.sums:
+            return (4 if most or helpers is Helpers.POWERS else 3) if setting.masked else 2
+        if most and kernel is kernels.gradient:
+            return 5
+        if skipping:
+            return 4 if most else 3
+        if kernel is kernels.statistics:
+            return 3 if most else 2 if setting.masked or more else 0
+        if setting.masked or adaptive or (more and helpers is not Helpers.NONE):
+            return 2
+        return int(more or (measure is not None and measure.chain is None))
 
     def _tiles(self, blocks: Blocks) -> tuple[int, int]:
         """Blocks of rows, and of columns."""
@@ -480,7 +509,7 @@ class Launcher:
             kernels.sums,
             kernels.SUMS_FIELDS,
             measure is not None,
-            self._blocks(kernels.sums),
+            self._blocks(kernels.sums, measure),
             **self._log_sums(),
             **self._measure(measure),
         )

@@ -1,0 +1,65 @@
+"""Teachers without a body here: what they say of a sequence is looked up, or asked for.
+
+They stand where a causal LM would. One of known states has a head and the final hidden states of
+the responses; one of known tokens has the likeliest tokens of each row alone, which are the
+student's own. Both come from a cache (teacher_cache.py), the second also from a server (served.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dudi.signals import Packed
+    from dudi_kernels import LMHead, TopKTeacher
+
+
+class Sequence(NamedTuple):
+    """In the teacher's tokens."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+class KnownTeacher(nn.Module):
+    """`tokenizer`: where the teacher's own one lies, or None; `vocab_size`: rows of its head, None
+    where only a server knows."""
+
+    def __init__(self, tokenizer: str | None, vocab_size: int | None, what: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_name_or_path=tokenizer or "")
+        self.vocab_size, self.what = vocab_size, what
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"{self.what} has no body to run: this needs a live teacher")
+
+
+class KnownStates(KnownTeacher):
+    """A teacher whose final hidden states are known."""
+
+    @property
+    def head(self) -> LMHead:
+        raise NotImplementedError
+
+    def hidden(self, packed: Packed, padding_free: bool = False) -> Tensor:  # (N, E)
+        raise NotImplementedError
+
+
+class KnownTop(KnownTeacher):
+    """A teacher whose likeliest tokens are known."""
+
+    def top(self, packed: Packed) -> TopKTeacher:  # of (N, k)
+        raise NotImplementedError
+
+
+def sequences(packed: Packed) -> Iterator[Sequence]:
+    """What was packed, in the order of the groups: that of rows before `packed.order`."""
+    for group in packed.groups:
+        for ids, seen, rows in zip(*(t.cpu() for t in group), strict=True):
+            whole = ids[seen.bool()].tolist()
+            start = len(whole) - int(rows.sum())
+            yield Sequence(whole[:start], whole[start:])
