@@ -124,7 +124,7 @@ class PlanArguments:
     prompt_length: int | None = _option("Tokens of all prompts; by default the limit.", None)
     completion_length: int | None = _option("Tokens of all responses; the same.", None)
     teacher_prompt_length: int | None = _option("Tokens of what the teacher reads first.", None)
-    strategy: str = _option("ddp; or fsdp, an estimate of what the trainer refuses.", "ddp")
+    strategy: str = _option("ddp; or fsdp, an estimate of fsdp_size: auto.", "ddp")
     json: str | None = _option("Write the figures to this JSON file.", None)
 
 
@@ -327,7 +327,7 @@ TRAIN_GROUPS = {
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
         "padding_free", "compile_bodies", "activation_checkpointing", "use_liger_kernel",
-        "memory_budget", "gradient_tolerance",
+        "fsdp_size", "memory_budget", "gradient_tolerance",
     ),
     "Run": (
         "output_dir", "resume", "overwrite", "evaluate", "eval_generate_rows", "logging_steps",

@@ -18,7 +18,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -54,6 +54,8 @@ NOT_NEGATIVE = (
     "learning_rate", "num_completions_to_print", "weight_decay", "max_grad_norm", "warmup_steps",
     "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating", "served_retries",
 )  # fmt: skip
+# Each weight's state is of its shape, or one number: it can be put together and cut again.
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 WEIGHTS = ("off_policy_weight", "on_policy_weight", "preference_weight", "ce_weight")
 
 
@@ -211,6 +213,13 @@ class DuDiConfig(TrainingArguments):
     log_completions: bool = _field(False, "Print samples at each log event.")
     num_completions_to_print: int = _field(4, "How many of them.")
 
+    # several processes
+    fsdp_size: int | Literal["auto"] | None = _field(
+        None,
+        "Shard weights, gradients and optimizer states of the student, and the teacher, over so "
+        "many processes (FSDP2); auto: all of them. By default each process holds all (DDP).",
+    )
+
     # bodies
     padding_free: bool = _field(
         False,
@@ -324,6 +333,7 @@ class DuDiConfig(TrainingArguments):
         self._check_ranges()
         self._check_signals()
         self._check_unsupported()
+        self._check_sharding()
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU: its gradients need scaling; on a CPU use bf16")
@@ -497,13 +507,27 @@ class DuDiConfig(TrainingArguments):
         for engine, chosen in (("DeepSpeed", self.deepspeed), ("FSDP", self.fsdp)):
             if chosen or _launched_with(engine.upper()):
                 raise ValueError(
-                    f"{engine} is not supported: sampling and the teacher need whole weights on "
-                    "each rank; use DDP (torchrun), with use_peft where memory is short"
+                    f"{engine} is not supported through accelerate, which knows of the student "
+                    "alone: fsdp_size=auto (with torchrun) shards student and teacher"
                 )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 "train_sampling_strategy must be random or sequential, got "
                 f"{self.train_sampling_strategy!r}"
+            )
+
+    def _check_sharding(self) -> None:
+        if self.fsdp_size is None:
+            return
+        if self.fsdp_size != "auto":
+            _between("fsdp_size", self.fsdp_size, 2, math.inf)
+        if self.fp16:
+            raise ValueError("fp16 must be false with fsdp_size: use bf16")
+        optimizer = getattr(self.optim, "value", self.optim)
+        if optimizer not in SHARDED_OPTIMIZERS:
+            raise ValueError(
+                f"optim must be one of {', '.join(SHARDED_OPTIMIZERS)} with fsdp_size, got "
+                f"{optimizer!r}"
             )
 
 

@@ -31,6 +31,7 @@ from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
 from dudi.known import KnownTop
 from dudi.models import load_model, load_tokenizer
 from dudi.rollout import generate, inference_mode_of
+from dudi.sharding import run_inside
 from dudi.signals import lm_head, pack, response_hidden, vocab_size
 from dudi.teaching import Responses, make_lesson, teach
 from dudi_kernels import linear_distill_loss, linear_log_prob
@@ -76,6 +77,18 @@ def _row_scores(
     model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
 ) -> Tensor:
     """(B, 3) summed NLL and KL of each row's reference, and over how many tokens the KL is."""
+
+    def scores() -> Tensor:
+        return _scores_inside(model, teacher, bridge, rows, pad)
+
+    if teacher is None or teacher is model:
+        return run_inside(model, scores)
+    return run_inside(model, lambda: run_inside(teacher, scores))
+
+
+def _scores_inside(
+    model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
+) -> Tensor:
     device = next(model.parameters()).device
     texts = _tensors(rows, "completion_ids")
     packed = pack(_tensors(rows, "prompt_ids"), texts, pad).to(device)
@@ -239,7 +252,7 @@ def _check(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None and limit < 0:
         raise ValueError(f"generate_rows must not be negative, got {limit}")
-    size = lm_head(model).vocab_size
+    size = _vocab_size(model)
     largest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in rows)
     if largest >= size:
         raise ValueError(
@@ -247,10 +260,14 @@ def _check(
             "its tokenizer belongs to another model"
         )
     mapped = bridge.verbalizer is not None or isinstance(teacher, KnownTop)
-    if teacher is not None and not mapped and vocab_size(teacher) != size:
+    if teacher is not None and not mapped and _vocab_size(teacher) != size:
         raise ValueError(
-            f"teacher must share the model's vocabulary of {size}, got {vocab_size(teacher)}"
+            f"teacher must share the model's vocabulary of {size}, got {_vocab_size(teacher)}"
         )
+
+
+def _vocab_size(model: Any) -> int:
+    return run_inside(model, lambda: vocab_size(model))
 
 
 def evaluate_model(

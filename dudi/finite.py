@@ -7,18 +7,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dudi.sharding import local
+
 
 class NonFiniteLossError(RuntimeError):
     """Loss, gradient, sample or weights are NaN or infinite; names the step and dataset rows."""
 
 
 def gradients_are_finite(model: nn.Module) -> bool:
-    return _are_finite(p.grad for p in model.parameters() if p.grad is not None)
+    """Of a sharded model, this rank's part."""
+    return _are_finite(local(p.grad) for p in model.parameters() if p.grad is not None)
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Of the trainable weights: the others never change."""
-    return _are_finite(p.detach() for p in model.parameters() if p.requires_grad)
+    """Of the trainable weights: the others never change. Of a sharded model, this rank's part."""
+    return _are_finite(local(p.detach()) for p in model.parameters() if p.requires_grad)
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:

@@ -3,7 +3,8 @@
 `initial` is the student as training found it, `lagged` a snapshot of it refreshed every k steps
 (the SPIN iterate). Only trainable parameters are copied: with an adapter that is the adapter, and a
 new adapter, which changes nothing yet, is not even copied but switched off. To score, the snapshot
-is swapped into the live model for one forward pass and swapped out again.
+is swapped into the live model for one forward pass and swapped out again. Of a sharded student each
+rank copies, swaps and saves its part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dudi.sharding import is_sharded, local
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -68,9 +72,11 @@ class Reference:
         device: torch.device | None = None,
     ):
         self.weights = {
-            name: p.detach().to(device=device, dtype=dtype, copy=True)
+            name: local(p.detach()).to(device=device, dtype=dtype, copy=True)
             for name, p in self._trainable(model)
         }
+        rank = torch.distributed.get_rank() if is_sharded(model) else None
+        self.file = REFERENCE_FILE if rank is None else f"reference-{rank}.safetensors"
 
     @staticmethod
     def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -80,30 +86,30 @@ class Reference:
     def refresh(self, model: nn.Module) -> None:
         """Take the model as it is now."""
         for name, parameter in self._trainable(model):
-            self.weights[name].copy_(parameter)
+            self.weights[name].copy_(local(parameter))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Inside, `model` has the snapshot's weights."""
         live = dict(self._trainable(model))
-        own = {name: parameter.data for name, parameter in live.items()}
+        own: dict[str, Tensor] = {}
         try:
             for name, parameter in live.items():
-                parameter.data = self.weights[name].to(parameter)
+                own[name] = _swap(parameter, self.weights[name])
             yield
         finally:
-            for name, parameter in live.items():
-                parameter.data = own[name]
+            for name, value in own.items():
+                _swap(live[name], value)
 
     def save(self, folder: str | Path) -> None:
         tensors: dict[str, Tensor] = {n: w.contiguous().cpu() for n, w in self.weights.items()}
-        save_file(tensors, Path(folder) / REFERENCE_FILE)
+        save_file(tensors, Path(folder) / self.file)
 
     def mismatches(self, folder: str | Path) -> list[str]:
         """What the snapshot in `folder` has otherwise than this model, without reading weights."""
-        path = Path(folder) / REFERENCE_FILE
+        path = Path(folder) / self.file
         if not path.exists():
-            return [f"the reference policy {REFERENCE_FILE} is not there"]
+            return [f"the reference policy {self.file} is not there"]
         with safe_open(path, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         own = {name: tuple(weight.shape) for name, weight in self.weights.items()}
@@ -116,8 +122,20 @@ class Reference:
 
     def load(self, folder: str | Path) -> None:
         """Take the snapshot in `folder`; it has no `mismatches`."""
-        for name, weight in load_file(Path(folder) / REFERENCE_FILE).items():
+        for name, weight in load_file(Path(folder) / self.file).items():
             self.weights[name].copy_(weight)
+
+
+@torch.no_grad()
+def _swap(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Give a parameter another value; returns its own."""
+    if isinstance(parameter, DTensor):  # FSDP gathers from this memory, whatever `data` is
+        part = local(parameter)
+        own = part.clone()
+        part.copy_(value)
+        return own
+    own, parameter.data = parameter.data, value.to(parameter)
+    return own
 
 
 class KnownScores:

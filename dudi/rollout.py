@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from dudi.sharding import gathered
+
 FINISH_REASONS = ("eos", "length", "stop")
 
 
@@ -130,12 +132,13 @@ def generate(
     )
     stops = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
     check = Finite()
-    with inference_mode_of(model), seeded(seed, device):
+    with inference_mode_of(model), seeded(seed, device), gathered(model):
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
             logits_processor=LogitsProcessorList([check]),
+            synced_gpus=False,  # all weights are here
             **stops,
         )
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)

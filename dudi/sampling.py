@@ -68,7 +68,7 @@ class Sampling:
                 rollouts = self._draw(model, flat, step)
                 finite = all(r.finite for r in rollouts)
                 drawn = [Drawn(r.completions, r.finish_reasons, step) for r in rollouts]
-                if finite and len(batches) > 1 and self.args.weighs_rollouts:
+                if len(batches) > 1 and self.args.weighs_rollouts:
                     drawn = [
                         d._replace(log_prob=score(batch, d))
                         for batch, d in zip(flat, drawn, strict=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from dudi.bridge import Bridge, MapSettings, build_bridge
@@ -61,6 +63,17 @@ from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
 from dudi.saving import STAGING, discard_staging, disk_errors, put_in_place, seal, sync
 from dudi.served import open_server
+from dudi.sharding import (
+    is_sharded,
+    load_optimizer_state,
+    load_weights,
+    make_mesh,
+    release,
+    run_inside,
+    shard,
+    whole_optimizer_state,
+    whole_weights,
+)
 from dudi.signals import (
     Packed,
     causal_lm,
@@ -186,6 +199,10 @@ class DuDiTrainer(Trainer):
         eval_dataset = self._prepare(eval_dataset, tokenizer, args, "eval")
         if train_dataset is not None:
             check_positions(student, teacher, train_dataset, args)
+        self._adapter = adapter_settings(causal_lm(student), student)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        self._shard(student, teacher, args, optimizers)
         self._continuity = Continuity()
         super().__init__(
             model=student,
@@ -199,10 +216,14 @@ class DuDiTrainer(Trainer):
         )
         self._continuity.trainer = self
         self.loss_is_scaled_for_ga = True  # our denominators are global already
+        self.is_distributed_loading_by_transformers = self.sharded  # the model reduces gradients
         self.teacher = teacher
         if teacher is not None:
-            teacher.requires_grad_(False).eval()
-            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            self.teacher = self.accelerator.prepare_model(
+                teacher,
+                device_placement=False if is_sharded(teacher) else None,
+                evaluation_mode=True,
+            )
         self.sampling = Sampling(args, tokenizer, self.meter, args.process_index)
         self.schedules = args.schedules
         scored = args.preference_weight > 0 and args.reference in ("initial", "lagged")
@@ -254,6 +275,30 @@ class DuDiTrainer(Trainer):
                 callback()
         except (RuntimeError, ImportError) as error:
             raise ValueError(f"report_to {args.report_to} can't be used: {error}") from error
+
+    def _shard(self, student: Any, teacher: Any, args: DuDiConfig, optimizers: Any) -> None:
+        mesh = make_mesh(args.fsdp_size, args.device)
+        self.sharded = mesh is not None
+        if mesh is None:
+            return
+        loading: Any = args.accelerator_config
+        if not loading.even_batches:
+            raise ValueError(
+                "accelerator_config must leave even_batches true with fsdp_size: each process "
+                "takes part in the forwards of all"
+            )
+        if any(optimizer is not None for optimizer in optimizers):
+            raise ValueError(
+                "optimizers must not be given with fsdp_size: one is made of the sharded weights"
+            )
+        if getattr(teacher, "live", None) is not None:
+            raise ValueError(
+                "fsdp_size can't be combined with a live teacher beside a teacher_cache, whose "
+                "head both use: cache alone, or teach live"
+            )
+        shard(student, mesh, "student", args.bf16)
+        if teacher is not None and self.known is None:  # of a known one there is a head at most
+            shard(teacher, mesh, "teacher", args.bf16)
 
     def _prepare(self, dataset: Any, tokenizer: Any, args: DuDiConfig, split: str) -> Any:
         if dataset is None or "completion_ids" in dataset.column_names:
@@ -366,9 +411,13 @@ class DuDiTrainer(Trainer):
         module = self.accelerator.unwrap_model(self.model)
         packed = pack(prompts, drawn.completions, self.processing_class.pad_token_id)
         packed = packed.to(self.accelerator.device)
-        with self.accelerator.autocast():
+
+        def score() -> Tensor:
             hidden = response_hidden(module, packed, self.args.padding_free)
             return self._log_probs(module, hidden, packed.targets).cpu()
+
+        with self.accelerator.autocast():
+            return run_inside(module, score)
 
     def _log_probs(self, module: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         budget = self.args.memory_budget
@@ -394,10 +443,7 @@ class DuDiTrainer(Trainer):
         device = self.accelerator.device
         student = batch.student.to(device)
         with self.accelerator.autocast():
-            taught = None
-            if batch.lesson is not None:
-                teacher = self.accelerator.unwrap_model(self.teacher)
-                taught = self.teaching.teach(teacher, batch.lesson, len(student.targets), device)
+            taught = self._taught(batch, len(student.targets), device)
             reference = self._reference_log_prob(batch)
             module = self.accelerator.unwrap_model(model)
 
@@ -412,6 +458,21 @@ class DuDiTrainer(Trainer):
         loss = output.loss * self.accelerator.num_processes  # DDP and FSDP average over ranks
         return (loss, output) if return_outputs else loss
 
+    def _taught(self, batch: MicroBatch, rows: int, device: torch.device) -> Taught | None:
+        """What the teacher says; its head stays whole until `training_step` ends."""
+        lesson = batch.lesson
+        if lesson is None:
+            return None
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        return run_inside(
+            teacher, lambda: self.teaching.teach(teacher, lesson, rows, device), keep=True
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        release(self.teacher)
+        return loss
+
     @torch.no_grad()
     def _reference_log_prob(self, batch: MicroBatch) -> Tensor | str | None:
         """(S,) log-probabilities of each response under the reference policy. Those of y+ are made
@@ -423,6 +484,8 @@ class DuDiTrainer(Trainer):
         r, known = batch.responses, self.known_scores.by_row
         given = {i: batch.rows[r.prompts[i]] for i in r.sides([0])}  # which row of the data
         wanted = [i for i in range(len(r.ids)) if given.get(i) not in known]
+        if self.sharded:  # the ranks take part in each other's forwards
+            wanted = list(range(len(r.ids))) if self.any_rank(bool(wanted)) else []
         found = torch.tensor([known.get(given.get(i, -1), 0.0) for i in range(len(r.ids))])
         if wanted:
             found[wanted] = self._under_reference(batch, wanted).cpu()
@@ -436,15 +499,18 @@ class DuDiTrainer(Trainer):
         packed = pack(prompts, [r.ids[i] for i in wanted], pad).to(self.accelerator.device)
         module = self.accelerator.unwrap_model(self.model)
         assert self.reference is not None
-        with self.reference.applied(module):
-            hidden = response_hidden(module, packed, self.args.padding_free)
+
+        def score() -> Tensor:
             return sequence_log_prob(
-                hidden,
+                response_hidden(module, packed, self.args.padding_free),
                 lm_head(module),
                 packed.targets,
                 packed.segment_ids,
                 memory_budget=self.args.memory_budget,
             )
+
+        with self.reference.applied(module):
+            return run_inside(module, score)
 
     def _signals(
         self,
@@ -715,7 +781,7 @@ class DuDiTrainer(Trainer):
         train: Any = self.train_dataset
         return {
             "config": to_public_dict(self.args),
-            "adapter": adapter_settings(causal_lm(self.model), self.model),
+            "adapter": self._adapter,
             "data": {"rows": len(train), "content": content_hash(train)},
             "map": self.bridge.fingerprint,
         }
@@ -800,6 +866,8 @@ class DuDiTrainer(Trainer):
         super()._save_rng_state(output_dir)
         own = self.sampling.state() | self.known_scores.state()
         save_file(own, Path(output_dir) / self._samples_file)
+        if self.reference is not None and (self.sharded or self.args.should_save):
+            self.reference.save(output_dir)
 
     def _load_samples(self, checkpoint: Path) -> None:
         path = checkpoint / self._samples_file
@@ -837,6 +905,10 @@ class DuDiTrainer(Trainer):
                 discard_staging(final.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.sharded:
+            state_dict = whole_weights(self.model)
+            if not self.args.should_save:
+                return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft: no hub to compare the base with
             super()._save(output_dir, state_dict)
@@ -844,8 +916,39 @@ class DuDiTrainer(Trainer):
         if self.args.should_save and folder.name.startswith("checkpoint-"):
             write_text(folder / CONFIG_FILE, json.dumps(self._identity, indent=1))
             write_text(folder / WINDOW_FILE, json.dumps(self._window_to_save))
-            if self.reference is not None:
-                self.reference.save(folder)
+
+    # ---- of a sharded student, written and read as of a whole one --------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.sharded:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, resume_from_checkpoint)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Gradients are reduced after each micro-batch: whole ones are never kept."""
+        yield
+
+    def _load_best_model(self) -> None:
+        if not self.sharded:
+            return super()._load_best_model()
+        load_weights(self.model, str(self.state.best_model_checkpoint))
 
 
 def _languages(dataset: Any) -> list[str] | None:

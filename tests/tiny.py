@@ -20,17 +20,19 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(data_path("tokenizer"))
 
 
-def model(seed: int = 0, width: int = 32, vocab: int = VOCAB) -> LlamaForCausalLM:
+def model(
+    seed: int = 0, width: int = 32, vocab: int = VOCAB, layers: int = 1, tied: bool = True
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,

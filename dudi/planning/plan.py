@@ -116,7 +116,7 @@ def plan_run(
         gpus: ranks, one a GPU.
         gpu_memory: what each has; `fits` then says whether 92 % of it hold the peak.
         lengths: of all sequences, where they are shorter than the limits of the recipe.
-        strategy: ddp, as the trainer runs; fsdp, an estimate of what the trainer refuses.
+        strategy: ddp; or fsdp, an estimate of `fsdp_size: auto`.
 
     Raises:
         ValueError: models that can't be found or planned; options out of range.

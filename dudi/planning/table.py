@@ -85,7 +85,7 @@ def parts_table(plan: RunPlan) -> Table:
 def verdict(plan: RunPlan) -> str:
     peak = f"The peak is {size(plan.peak.bytes)}, in the {plan.peak.name}."
     if plan.strategy == "fsdp":
-        peak += " FSDP is an estimate: the trainer refuses it today, and runs DDP."
+        peak += " FSDP is an estimate of fsdp_size: auto."
     if plan.room is None:
         return f"{peak} --gpu_memory GIB says whether it fits."
     word = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
