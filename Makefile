@@ -63,7 +63,7 @@ $(PEERS_STAMP): $(STAMP) Makefile
 	@$(PIP) --no-deps $(PEERS)
 	@touch $@
 
-bench: install $(PEERS_STAMP)  ## time, memory, error beside other libraries (27 minutes with AMX): bench/results/
+bench: install $(PEERS_STAMP)  ## time, memory, error beside other libraries (20 minutes): bench/results/
 	$(BIN)/python -m pytest bench
 
 bench-gpu: install $(PEERS_STAMP)  ## the same on a GPU, in bf16: bench/results/gpu/readme.md

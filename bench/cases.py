@@ -1,6 +1,6 @@
 """Which cases a session measures: a shape, a task and its contenders.
 
-By default about 25 minutes on two cores: the shape of Qwen2.5 beside the floor and its fastest
+By default about 20 minutes on two cores: the shape of Qwen2.5 beside the floor and its fastest
 rival, in 128 rows where that takes long, and each task on the real states of SmolLM2. `--all` has
 every contender of every case, and more shapes; it takes hours on a CPU. `--quick` has a tiny shape.
 """

