@@ -15,11 +15,16 @@ from transformers import AutoModelForCausalLM
 SCRIPT = Path(__file__).with_name("train_once.py")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(Path(__file__).parents[1]),  # bench/ is no installed package
+}
+
 
 def run(*command: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -56,10 +61,9 @@ def test_the_loss_runs_inside_the_hooks_of_fsdp() -> None:
 
 def test_a_loss_that_is_not_finite_stops_both_ranks(tmp_path: Path) -> None:
     """One rank's row spoils its loss; neither rank hangs and both say what happened."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "SPOIL": "1"}
     done = subprocess.run(
         [sys.executable, *LAUNCHER, str(SCRIPT), str(tmp_path), "2"],
-        env=environment,
+        env=ENVIRONMENT | {"SPOIL": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -228,6 +228,18 @@ def test_resuming_continues_the_curve_exactly(
         assert torch.equal(a, b)
 
 
+def test_a_finished_run_has_no_step_more(tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    done = make(tmp_path, **settings)
+    done.train()
+    again = make(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2 and len(tiny.logged(tmp_path)) == 2
+    assert not (tmp_path / "checkpoint-3").exists()
+    for a, b in zip(again.model.parameters(), done.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
     class Press(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
