@@ -303,7 +303,6 @@ class Verbalizer:
         """
         teacher, student = read(teacher_tokenizer), read(student_tokenizer)
         sizes = _head_sizes(teacher, student, teacher_size, student_size)
-        teacher, student = teacher.within(sizes[0]), student.within(sizes[1])
         pairs = dict(specials or {})
 
         def build() -> Verbalizer:

@@ -265,6 +265,8 @@ def test_a_head_without_rows_for_special_tokens() -> None:
     )
     back = Verbalizer.from_tokenizers(gemma, qwen, teacher_size=rows)
     assert back.teacher_size == rows
+    with pytest.raises(ValueError, match=rf"teacher ids in \[0, {rows}\), got {rows}"):
+        Verbalizer.from_tokenizers(gemma, qwen, teacher_size=rows, specials={rows: 0})
     with pytest.raises(ValueError, match=f"student_size must be at least {rows}, got {rows - 1}"):
         Verbalizer.from_tokenizers(qwen, gemma, student_size=rows - 1)
 

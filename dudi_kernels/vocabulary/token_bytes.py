@@ -41,10 +41,6 @@ class Vocabulary(NamedTuple):
         spoken = (i for i, text in enumerate(self.bytes) if text is not None)
         return 1 + max([*spoken, *self.roles.values()], default=-1)
 
-    def within(self, rows: int) -> Vocabulary:
-        """Of a head with so many rows, at least `needed`."""
-        return self._replace(bytes=self.bytes[:rows])
-
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """The bytes of each token, by id.

@@ -33,7 +33,8 @@ def by_text(
     else:
         found = first_tokens(teacher, student, student_tokenizer)
     for i, student_id in specials.items():
-        for side, own, size in (("teacher", i, len(found)), ("student", student_id, sizes[1])):
+        most = min(len(found), sizes[0])
+        for side, own, size in (("teacher", i, most), ("student", student_id, sizes[1])):
             if not 0 <= own < size:
                 raise ValueError(f"specials must have {side} ids in [0, {size}), got {own}")
         found[i] = student_id
