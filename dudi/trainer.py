@@ -328,9 +328,7 @@ class DuDiTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of one optimizer step, with y- drawn and all denominators known."""
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # a finished run is resumed: no step more
+        if 0 < self.state.max_steps <= self.state.global_step:  # a finished run is resumed
             self.control.should_training_stop = True
             return [], None
         if self.args.reference == "lagged" and self.reference is not None:
