@@ -7,7 +7,7 @@ student's own. Both come from a cache (teacher_cache.py), the second also from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,10 +49,18 @@ class KnownStates(KnownTeacher):
         raise NotImplementedError
 
 
+class Answers(NamedTuple):
+    """What is known of packed sequences."""
+
+    top: TopKTeacher  # of (N, k)
+    lost: Mapping[int, str]  # segments without a usable answer, and why
+
+
 class KnownTop(KnownTeacher):
     """A teacher whose likeliest tokens are known."""
 
-    def top(self, packed: Packed) -> TopKTeacher:  # of (N, k)
+    def top(self, packed: Packed) -> Answers:
+        """The rows of what is `lost` are any that are valid."""
         raise NotImplementedError
 
 

@@ -9,7 +9,8 @@ is less sure of the given response than the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from dudi.pairing import Pairing
 from dudi.rows import Reader, TeacherPrompts
 from dudi.signals import Packed, lm_head, pack, response_hidden, vocab_size
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
-from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
+from dudi_kernels import LMHead, TopKTeacher, Verbalizer, linear_dudi_loss, linear_log_prob
 
 TINY = 1e-12  # no 0 / 0
 UNPAIRED_SEEN = 256  # responses before a share of them that don't pair says anything
@@ -71,6 +72,7 @@ class Lesson(NamedTuple):
     differs: int  # responses whose bytes the teacher's tokenizer changes
     whole: bool  # whether the teacher's rows are the student's as they come
     group: int  # sequences of a prompt
+    top: TopKTeacher | None = None  # what a teacher of likeliest tokens has answered
 
     def taught(self, segment_ids: Tensor) -> Tensor:  # (2,)
         """How many rows of y+, and of y-, the divergence is of."""
@@ -149,6 +151,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
+def answered(teacher: KnownTop, lesson: Lesson) -> tuple[Lesson, Mapping[int, str]]:
+    """With what the teacher answers; segments that it has no usable answer to, and why. Their rows
+    weigh nothing."""
+    top, lost = teacher.top(lesson.seen)
+    weight = lesson.weight
+    if lost:
+        gone = torch.isin(lesson.seen.segment_ids, torch.tensor(list(lost)))
+        weight = torch.ones(len(gone)) if weight is None else weight.clone()
+        weight[lesson.student_rows[gone]] = 0.0
+    return lesson._replace(top=top, weight=weight), lost
+
+
 @torch.no_grad()
 def teach(
     teacher: Any,
@@ -163,8 +177,14 @@ def teach(
     """Hidden states for the student's rows, and the weights of their divergences; of a teacher of
     likeliest tokens, these."""
     if isinstance(teacher, KnownTop):
+        if lesson.top is None:
+            lesson, lost = answered(teacher, lesson)
+            if lost:
+                told = f"{len(lost)} of {int(lesson.seen.segment_ids.unique().numel())} responses"
+                warnings.warn(f"{told} are left out: {next(iter(lost.values()))}", stacklevel=2)
+        assert lesson.top is not None
         weight = None if lesson.weight is None else lesson.weight.to(device)
-        known = Known.of(teacher.top(lesson.seen), lesson.student_rows, device)
+        known = Known.of(lesson.top, lesson.student_rows, device)
         return Taught(None, None, weight, None, None, known)
     head = lm_head(teacher)
     seen = lesson.seen.to(device)

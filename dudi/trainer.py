@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -34,7 +35,6 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import METRICS_FILE, Continuity, MetricsFile, write_text
 from dudi.checkpoints import (
-    BAD_ROWS_FILE,
     CONFIG_FILE,
     STATE_FILE,
     WINDOW_FILE,
@@ -46,7 +46,7 @@ from dudi.checkpoints import (
 from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
-from dudi.known import KnownTeacher
+from dudi.known import KnownTeacher, KnownTop
 from dudi.known_signals import dudi_loss
 from dudi.meter import Meter
 from dudi.models import (
@@ -58,6 +58,7 @@ from dudi.models import (
     load_tokenizer,
     refuse_adapter,
 )
+from dudi.quarantine import Quarantine, Record
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
@@ -83,13 +84,15 @@ from dudi.signals import (
     pack,
     redirected_forward,
     response_hidden,
+    vocab_size,
 )
-from dudi.teacher_cache import check_complete, open_cache
+from dudi.teacher_cache import answered_rows, open_cache
 from dudi.teaching import (
     Lesson,
     Responses,
     Taught,
     Teaching,
+    answered,
     check_signals,
     context_verbalizer,
     signal_options,
@@ -109,6 +112,7 @@ class MicroBatch:
     prompts: list[Tensor]
     counts: Tensor  # (5,) rows of y+, rows of y-, pairs; rows of y+ and of y- that are taught
     totals: Tensor  # (5,) the same over the global batch
+    lost: list[Record]  # responses without a usable answer of the teacher's
 
 
 class DuDiTrainer(Trainer):
@@ -163,7 +167,7 @@ class DuDiTrainer(Trainer):
 
             set_seed(args.seed)  # the adapter's first weights are drawn
             student = get_peft_model(student, peft_config)
-        teacher = self._load_teacher(teacher_model, args, tokenizer)
+        teacher = self._load_teacher(teacher_model, args, tokenizer, student)
         check_models(student, teacher)
         self.known = teacher if isinstance(teacher, KnownTeacher) else None
         self.bridge = Bridge(tokenizer)
@@ -181,7 +185,7 @@ class DuDiTrainer(Trainer):
             disable_dropout(student)
 
         self.data_counts: dict[str, dict[str, int]] = {}
-        self.bad_rows: list[dict[str, Any]] = []  # left out
+        self.quarantine = Quarantine()
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
@@ -211,7 +215,7 @@ class DuDiTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), self._continuity, *(callbacks or [])],
+            callbacks=[MetricsFile(), self.quarantine, self._continuity, *(callbacks or [])],
             optimizers=optimizers,
         )
         self._continuity.trainer = self
@@ -244,7 +248,7 @@ class DuDiTrainer(Trainer):
         return load_tokenizer(name, "the tokenizer of model")
 
     @staticmethod
-    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any) -> Any:
+    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any, student: Any) -> Any:
         if not args.needs_teacher:
             return None
         source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -256,7 +260,7 @@ class DuDiTrainer(Trainer):
         if args.teacher_cache is not None:
             return open_cache(args, load)
         if args.teacher_url is not None:
-            return open_server(args, tokenizer)
+            return open_server(args, tokenizer, vocab_size(student))
         if source is None:
             raise ValueError(
                 "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
@@ -315,11 +319,13 @@ class DuDiTrainer(Trainer):
             max_teacher_prompt_length=args.max_teacher_prompt_length,
             max_unpaired=args.max_unpaired,
             overlong=args.overlong,
-            quarantine=self.bad_rows if args.bad_rows == "skip" else None,
+            quarantine=self.quarantine.of_data if args.skips_bad else None,
             split_name=split,
         )
+        prepared, lost = answered_rows(self.known, prepared, args, self.bridge.pairing, split)
+        self.quarantine.of_data += lost
+        counts |= {"rows": len(prepared), "bad_rows": counts["bad_rows"] + len(lost)}
         self.data_counts[split] = counts
-        check_complete(self.known, prepared, args, self.bridge.pairing, split)
         return prepared
 
     # ---- sampling and packing ------------------------------------------------------------------
@@ -345,6 +351,7 @@ class DuDiTrainer(Trainer):
         totals = torch.stack([m.counts for m in micro]).sum(0)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals.to(device), "sum").cpu()
+        self._quarantine([record for m in micro for record in m.lost])
         for m in micro:
             m.totals = totals
         self._log_completions(micro[0])
@@ -381,10 +388,13 @@ class DuDiTrainer(Trainer):
         packed = Responses(texts, of_prompt, segments, 1 + each)
         pad = self.processing_class.pad_token_id
         student = pack([prompts[i] for i in packed.prompts], packed.ids, pad, packed.segments)
-        lesson = None
+        lesson, lost = None, []
         if self.teacher is not None:
             prompts_seen, plain = (unpad(batch, n) for n in ("teacher_prompt", "plain_prompt"))
             lesson = self.teaching.lesson(packed, rows, prompts_seen, plain, samples)
+            if isinstance(self.known, KnownTop):
+                lesson, why = answered(self.known, lesson)
+                lost = [self._lost(rows, s, reason, 1 + each) for s, reason in why.items()]
         taught = torch.zeros(2) if lesson is None else lesson.taught(student.segment_ids)
         rows_given, rows_drawn = (
             sum(len(packed.ids[i]) for i in packed.sides([side])) for side in (0, 1)
@@ -399,7 +409,23 @@ class DuDiTrainer(Trainer):
             prompts=prompts,
             counts=counts,
             totals=counts,
+            lost=lost,
         )
+
+    def _lost(self, rows: list[int], segment: int, reason: str, group: int) -> Record:
+        """A response to which there is no usable answer, for `bad_rows.jsonl`."""
+        return {
+            "split": "train",
+            "row": rows[segment // group],
+            "step": self.state.global_step + 1,
+            "response": "sample" if segment % group else "given",
+            "reason": reason,
+        }
+
+    def _quarantine(self, lost: list[Record]) -> None:
+        """On every rank, what any of them lost in this step."""
+        if isinstance(self.known, KnownTop) and self.args.skips_bad:
+            self.quarantine.add(gather_object(lost), self.args)
 
     @torch.no_grad()
     def _score(self, batch: Batch, drawn: Drawn) -> Tensor:
@@ -644,6 +670,8 @@ class DuDiTrainer(Trainer):
         if "loss" in logs:
             logs |= self.meter.drain(self.accelerator)
             logs["num_tokens"] = float(self.state.num_input_tokens_seen)
+            if self.args.skips_bad:
+                logs["bad_rows"] = float(len(self.quarantine))
         if "train_loss" in logs:  # of the whole run, not of the part since a checkpoint
             whole = self._earlier_loss + self._total_loss_scalar
             logs["train_loss"] = whole / max(1, self.state.global_step)
@@ -721,9 +749,6 @@ class DuDiTrainer(Trainer):
         self.sampling.clear()
         if self.args.should_save:
             discard_staging(self._run_dir)
-            if self.bad_rows:
-                lines = "".join(json.dumps(row) + "\n" for row in self.bad_rows)
-                write_text(self._run_dir / BAD_ROWS_FILE, lines)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
             self._load_samples(checkpoint)
