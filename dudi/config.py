@@ -377,6 +377,11 @@ class DuDiConfig(TrainingArguments):
         )
 
     @property
+    def plain_sides(self) -> tuple[int, ...]:
+        """Of which it does: y- are not gated, only mixed."""
+        return (0, 1) if self.verbalized_share < 1 else (0,)
+
+    @property
     def taught_sides(self) -> tuple[int, ...]:
         """Which of y+ (0) and y- (1) the teacher has to score; the other costs it nothing."""
         if self.preference_weight > 0 and self.reference == "teacher":
@@ -709,6 +714,7 @@ FREE_TO_CHANGE = (
     "skip_memory", "do_", "debug",
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
     "verbalizer_cache_dir", "served_timeout", "served_retries", "served_concurrency", "bad_rows",
+    "teacher_cache", "teacher_url",  # whose answers they are is compared
 )  # fmt: skip
 
 

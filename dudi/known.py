@@ -34,6 +34,11 @@ class KnownTeacher(nn.Module):
         self.config = SimpleNamespace(_name_or_path=tokenizer or "")
         self.vocab_size, self.what = vocab_size, what
 
+    @property
+    def identity(self) -> str:
+        """Another one's is another: what a run that goes on must agree with."""
+        raise NotImplementedError
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"{self.what} has no body to run: this needs a live teacher")
 

@@ -253,9 +253,13 @@ class ServedTeacher(KnownTop):
 
     # ---- as what fills a cache -------------------------------------------------------------------
 
+    @property
+    def identity(self) -> str:
+        return f"served {self.client.model}"
+
     def about(self) -> About:
         name, k = self.client.model, self.client.endpoint.top_k
-        identity = hashlib.blake2b(f"served {name}".encode(), digest_size=16).hexdigest()
+        identity = hashlib.blake2b(self.identity.encode(), digest_size=16).hexdigest()
         return About("topk", name, identity, None, k)
 
     def begin(self, folder: Path) -> About:

@@ -28,11 +28,11 @@ from dudi.shards import KEY_BYTES, DamagedError, Shards, open_named
 from dudi.signals import Packed, lm_head, pack, response_hidden
 from dudi_kernels import LMHead, TopKTeacher
 
-FORMAT = "1"
+FORMAT = "2"
 CACHE_FILE, TOKENIZER, HEAD = "cache.json", "tokenizer", "head-"
 LEFT_OUT = "left_out.jsonl"  # entries that there is no answer to: their keys, and why
 AGAIN = "run `dudi cache-teacher` again, which sets it aside and makes what is missing"
-SAMPLED_VALUES = 256  # of each weight, which tell one teacher from another
+SAMPLED_VALUES = 256  # of each weight of a live teacher, for its run's checkpoints
 
 
 class Entry(NamedTuple):
@@ -55,7 +55,7 @@ class About:
 
     kind: str  # hidden or topk
     teacher: str  # its name
-    identity: str  # a hash of its architecture and of some of its weights, or of a server's name
+    identity: str  # a hash of its architecture and weights, or of a server's name
     vocab_size: int | None  # rows of the head; of topk, tokens it is over; None: a server's
     top_k: int | None = None
     head: str = ""  # the head's file
@@ -75,17 +75,30 @@ class About:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def teacher_identity(model: Any) -> str:
-    """A hash of a model's settings, of names, shapes and types of its weights, and of some values
-    of each: another checkpoint, adapter or precision has another one."""
+def teacher_identity(model: Any, values: int | None = None) -> str:
+    """A hash of a model's settings and of names, shapes, types and values of its weights: another
+    checkpoint, adapter or precision has another one.
+
+    values: how many of each weight, evenly spread, where all would take too long.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config.pop("transformers_version", None)
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // SAMPLED_VALUES)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.tobytes())
+        if values is not None:
+            flat = flat[:: max(1, len(flat) // values)]
+        digest.update(flat.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:32]
+
+
+def whose(teacher: Any) -> str | None:
+    """What tells one teacher from another where a run goes on: of a live one, some of its weights.
+    None without one."""
+    if teacher is None or isinstance(teacher, KnownTeacher):
+        return None if teacher is None else teacher.identity
+    return f"live {teacher_identity(teacher, SAMPLED_VALUES)}"
 
 
 def entries(dataset: Any, columns: Sequence[str], pairing: Pairing | None) -> list[Entry]:
@@ -159,6 +172,10 @@ class Cache:
     def tokenizer(self) -> str:
         return str(self.folder / TOKENIZER)
 
+    @property
+    def identity(self) -> str:
+        return " ".join(self.about.header.values())
+
     def read(self, entry: Entry, *fields: str) -> list[Tensor] | None:
         """The rows of an entry, or None where it is not there."""
         key = entry.key(self.about.identity)
@@ -189,6 +206,10 @@ def asked_of(packed: Packed) -> list[Entry]:
 class CachedTop(KnownTop):
     """The likeliest tokens of each row, from a cache."""
 
+    @property
+    def identity(self) -> str:
+        return self.cache.identity
+
     def __init__(self, folder: str | Path, skip_damaged: bool = False) -> None:
         self.cache = Cache(folder, "topk", skip_damaged)
         about = self.cache.about
@@ -213,6 +234,10 @@ class CachedStates(KnownStates):
 
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def identity(self) -> str:
+        return self.cache.identity
 
     def __init__(self, folder: str | Path, live: Any = None, skip_damaged: bool = False) -> None:
         cache = Cache(folder, "hidden", skip_damaged)

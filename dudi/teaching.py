@@ -1,7 +1,7 @@
 """What the teacher says about the responses of a micro-batch, row by row of the student's.
 
 A lesson is what the teacher reads: each response in its own tokens, under the verbalized prompt
-and, where anything compares them, under the student's plain one. `teach` turns a lesson into hidden
+and, where the two are compared, under the student's plain one. `teach` turns a lesson into hidden
 states that pair with the student's rows and a weight for each row's divergence: 0 where the teacher
 has no row at that byte or its first tokens are left out, less than 1 where the verbalized teacher
 is less sure of the given response than the plain one.
@@ -65,7 +65,7 @@ class Responses(NamedTuple):
 
 class Lesson(NamedTuple):
     seen: Packed  # under the prompts that the verbalizer made
-    plain: Packed | None  # under the student's own
+    plain: Packed | None  # under the student's own: all of these, or those of y+
     student_rows: Tensor  # (P,) which rows of the student's have one of the teacher's
     teacher_rows: Tensor  # (P,) and which one that is
     weight: Tensor | None  # (N,) of each row's divergence; None: all rows are taught alike
@@ -103,16 +103,24 @@ def make_lesson(
     pad_token_id: int,
     skip_tokens: int = 0,
     places: Sequence[int] | None = None,  # of each response in `seen`; None: its prompt's
+    plain_sides: Sequence[int] = (0, 1),
 ) -> Lesson:
     scored = responses.sides(sides)
     own = [responses.ids[i] for i in scored]
     texts, rows, others, differs = _paired(own, pairing)
     segments = [responses.segments[i] for i in scored]
-    packed = [
-        pack([prompts[of[i]] for i in scored], texts, pad_token_id, segments)
-        for prompts, of in ((seen, places or responses.prompts), (plain, responses.prompts))
-        if prompts is not None
-    ]
+    of = places or responses.prompts
+    packed = pack([seen[of[i]] for i in scored], texts, pad_token_id, segments)
+    packed_plain = None
+    if plain is not None:
+        wanted = set(responses.sides(plain_sides))
+        compared = [
+            (plain[responses.prompts[i]], text, responses.segments[i])
+            for i, text in zip(scored, texts, strict=True)
+            if i in wanted
+        ]
+        prompts, own, numbers = (list(part) for part in zip(*compared, strict=True))
+        packed_plain = pack(prompts, own, pad_token_id, numbers)
     starts = [responses.starts[i] for i in scored]
     student_rows = _joined([r + start for r, start in zip(rows, starts, strict=True)])
     begins = [0, *accumulate(map(len, texts))]
@@ -123,8 +131,8 @@ def make_lesson(
         counted = _joined([r[r >= skip_tokens] + s for r, s in zip(rows, starts, strict=True)])
         weight[counted] = 1.0
     return Lesson(
-        packed[0],
-        packed[1] if len(packed) > 1 else None,
+        packed,
+        packed_plain,
         student_rows,
         teacher_rows,
         weight,
@@ -191,21 +199,24 @@ def teach(
     hidden = response_hidden(teacher, seen, padding_free)
     gate = shift = None
     if lesson.plain is not None:
-        plain = response_hidden(teacher, lesson.plain.to(device), padding_free)
-        shift = (hidden - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
+        other = lesson.plain.to(device)
+        plain = response_hidden(teacher, other, padding_free)
+        own = hidden[torch.isin(seen.segment_ids, other.segment_ids)]
+        shift = (own - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
         if confidence_gating:
-            given = seen.segment_ids % lesson.group == 0
+            given = other.segment_ids % lesson.group == 0
             verbalized_says, plain_says = (
-                linear_log_prob(states[given], head, seen.targets[given], **options)
-                for states in (hidden, plain)
+                linear_log_prob(states[given], head, other.targets[given], **options)
+                for states in (own, plain)
             )
             gate = confidence(verbalized_says, plain_says, confidence_gating)
-        hidden = torch.lerp(plain, hidden, verbalized_share)
+        if verbalized_share < 1:  # the plain one has read all
+            hidden = torch.lerp(plain, hidden, verbalized_share)
     weight = None if lesson.weight is None else lesson.weight.to(device)
     student_rows, teacher_rows = lesson.student_rows.to(device), lesson.teacher_rows.to(device)
     if gate is not None:
         factor = torch.ones(len(hidden), device=device)
-        factor[given] = gate
+        factor[seen.segment_ids % lesson.group == 0] = gate
         weight = torch.ones(rows, device=device) if weight is None else weight
         weight = weight.index_copy(0, student_rows, weight[student_rows] * factor[teacher_rows])
     if not lesson.whole:
@@ -260,6 +271,7 @@ class Teaching:
             self.tokenizer.pad_token_id,
             self.args.teacher_skip_tokens,
             responses.samples if shows_samples else None,
+            self.args.plain_sides,
         )
         if self.bridge.pairing is not None:
             self._count_pairs(lesson, responses)

@@ -62,7 +62,15 @@ from dudi.quarantine import Quarantine, Record
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
-from dudi.saving import STAGING, discard_staging, disk_errors, put_in_place, seal, sync
+from dudi.saving import (
+    STAGING,
+    discard_staging,
+    disk_errors,
+    put_in_place,
+    run_disk_errors,
+    seal,
+    sync,
+)
 from dudi.served import open_server
 from dudi.sharding import (
     is_sharded,
@@ -86,7 +94,7 @@ from dudi.signals import (
     response_hidden,
     vocab_size,
 )
-from dudi.teacher_cache import answered_rows, open_cache
+from dudi.teacher_cache import answered_rows, open_cache, whose
 from dudi.teaching import (
     Lesson,
     Responses,
@@ -204,6 +212,7 @@ class DuDiTrainer(Trainer):
         if train_dataset is not None:
             check_positions(student, teacher, train_dataset, args)
         self._adapter = adapter_settings(causal_lm(student), student)
+        self._whose = whose(teacher)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         self._shard(student, teacher, args, optimizers)
@@ -757,7 +766,8 @@ class DuDiTrainer(Trainer):
             self._window = json.loads((checkpoint / WINDOW_FILE).read_text(encoding="utf-8"))
         self._continuity.install()
         try:
-            return super().train(str(checkpoint) if checkpoint else None, **kwargs)
+            with run_disk_errors(self._run_dir, self._how_to_go_on):
+                return super().train(str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self._continuity.remove()
 
@@ -805,6 +815,7 @@ class DuDiTrainer(Trainer):
         return {
             "config": to_public_dict(self.args),
             "adapter": self._adapter,
+            "teacher": self._whose,
             "data": {"rows": len(train), "content": content_hash(train)},
             "map": self.bridge.fingerprint,
         }
