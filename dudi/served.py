@@ -140,10 +140,10 @@ class Client:
     def rows(self, entry: Entry) -> tuple[Tensor, Tensor]:
         """(R, k) ids and log-probabilities for the tokens of a response."""
         said = self.positions([*entry.prompt, *entry.response])[len(entry.prompt) - 1 :]
+        top = [self._top(position) for position in said]
         for token, position in zip(entry.response, said, strict=True):
             if str(int(token)) not in position:  # it always comes, unless the places are others
                 raise self._wrong(f"must say how likely the own token {token} is", position)
-        top = [self._top(position) for position in said]
         ids = torch.tensor([[i for _, i in row] for row in top])
         return ids, torch.tensor([[value for value, _ in row] for row in top])
 

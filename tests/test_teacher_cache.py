@@ -18,7 +18,6 @@ from test_teaching import ALONE, GIVEN, kl, log_probs, step, teacher_tokenizer
 from dudi import cli, teacher_cache
 from dudi.caching import HiddenStates, LikeliestTokens, asked_by, write_cache
 from dudi.callbacks import read_jsonl
-from dudi.demo_data import translation_rows
 from dudi.teacher_cache import CachedStates, CachedTop, Entry
 from dudi.trainer import DuDiTrainer
 
@@ -384,16 +383,8 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 def on_disk(folder: Path) -> None:
     """A student, a teacher and data, as a recipe names them."""
-    for name, seed in (("student", 0), ("teacher", 1)):
-        tiny.model(seed).save_pretrained(folder / name)
-        tiny.tokenizer().save_pretrained(folder / name)
-    for name, split in (("data", "train"), ("test", "test")):
-        lines = [json.dumps(row) for row in translation_rows(split)[:ROWS]]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = {
-        "model_name_or_path": str(folder / "student"),
-        "teacher_model_name_or_path": str(folder / "teacher"),
-        "dataset_name": str(folder / "data.jsonl"),
+        **tiny.write_inputs(folder),
         "dataset_test_name": str(folder / "test.jsonl"),
         "eval_generate_rows": 0,
         "on_policy_weight": 0.0,
@@ -405,6 +396,7 @@ def on_disk(folder: Path) -> None:
         "report_to": "none",
         "use_cpu": True,
     }
+    tiny.write_rows(folder / "test.jsonl", "test")
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
 
 
