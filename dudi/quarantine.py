@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dudi.callbacks import read_jsonl, write_text
@@ -42,6 +43,17 @@ class Quarantine(TrainerCallback):
         if len(self) or path.exists():
             with disk_errors(path):
                 write_text(path, _lines([*self.of_data, *self.of_steps]))
+
+    def check_ranks(self, rows: int) -> None:
+        """Raise on every rank where one of them has left out other rows: a damaged disk of its own
+        would have the others wait for it forever."""
+        found = gather_object([(rows, _lines(self.of_data))])
+        if any(one != found[0] for one in found):
+            told = ", ".join(str(count) for count, _ in found)
+            raise ValueError(
+                f"all ranks must train on the same rows, they have {told}: a file or a cache is "
+                "damaged on some machine"
+            )
 
     def add(self, found: list[Record], args: TrainingArguments) -> None:
         """Of this step, by any rank."""

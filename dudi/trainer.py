@@ -228,6 +228,8 @@ class DuDiTrainer(Trainer):
             optimizers=optimizers,
         )
         self._continuity.trainer = self
+        if train_dataset is not None:
+            self.quarantine.check_ranks(len(train_dataset))
         self.loss_is_scaled_for_ga = True  # our denominators are global already
         self.is_distributed_loading_by_transformers = self.sharded  # the model reduces gradients
         self.teacher = teacher

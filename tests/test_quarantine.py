@@ -16,7 +16,7 @@ from test_served import K, bucketed
 from test_teacher_cache import ROWS, a_teacher, cached, flip, trainer
 from test_teaching import GIVEN, kl, log_probs, step
 
-from dudi import served
+from dudi import quarantine, served
 from dudi.caching import asked_by, source_of, write_cache
 from dudi.callbacks import read_jsonl
 from dudi.served import Client, Endpoint, ServedTeacher, TeacherServerError
@@ -265,3 +265,13 @@ def test_a_cache_of_a_server_s_answers_lists_what_it_lacks(
     assert write_cache(folder, source, live.bridge.tokenizer, asked) == (lost, made)
     assert json.loads((folder / LEFT_OUT).read_text() or "[]") == []
     assert len(trainer(run, None, teacher_cache=str(folder)).train_dataset) == ROWS
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def test_ranks_with_other_rows_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk of one machine that is damaged."""
+    monkeypatch.setattr(quarantine, "gather_object", lambda own: [*own, (ROWS - 1, "{}")])
+    with pytest.raises(ValueError, match="the same rows, they have 12, 11: a file or a cache is"):
+        trainer(tmp_path, a_teacher())
