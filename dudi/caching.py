@@ -307,6 +307,10 @@ def run_caching(
             "off_policy_weight must be positive: nothing else asks a teacher about the given "
             "responses, which are what a cache holds"
         )
+    if config.world_size > 1:
+        raise ValueError(
+            f"a cache must be made in one process, got {config.world_size}: leave torchrun out"
+        )
     quiet_libraries()
     config.teacher_cache = None
     if config.teacher_url is not None:

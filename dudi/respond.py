@@ -287,7 +287,8 @@ def finish(
         told = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
         raise ValueError(f"no response is left to train on ({told}); they are in {parts}")
     counts["responses"] = len(rows)
-    sidecar = {"settings": settings, "counts": {name: n for name, n in counts.items() if n}}
+    sidecar: dict[str, Any] = {"settings": settings}
+    sidecar |= {"counts": {name: n for name, n in counts.items() if n}}
     sidecar |= {"bad_rows": list(bad)} if bad else {}
     write_whole(sidecar_of(output), json.dumps(sidecar, indent=1, ensure_ascii=False))
     write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

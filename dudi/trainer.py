@@ -71,7 +71,7 @@ from dudi.saving import (
     seal,
     sync,
 )
-from dudi.served import open_server
+from dudi.served import TeacherServerError, open_server
 from dudi.sharding import (
     is_sharded,
     load_optimizer_state,
@@ -399,13 +399,13 @@ class DuDiTrainer(Trainer):
         packed = Responses(texts, of_prompt, segments, 1 + each)
         pad = self.processing_class.pad_token_id
         student = pack([prompts[i] for i in packed.prompts], packed.ids, pad, packed.segments)
-        lesson, lost = None, []
+        lesson: Lesson | None = None
+        lost: list[Record] = []
         if self.teacher is not None:
             prompts_seen, plain = (unpad(batch, n) for n in ("teacher_prompt", "plain_prompt"))
             lesson = self.teaching.lesson(packed, rows, prompts_seen, plain, samples)
             if isinstance(self.known, KnownTop):
-                lesson, why = answered(self.known, lesson)
-                lost = [self._lost(rows, s, reason, 1 + each) for s, reason in why.items()]
+                lesson, lost = self._answered(self.known, lesson, rows)
         taught = torch.zeros(2) if lesson is None else lesson.taught(student.segment_ids)
         rows_given, rows_drawn = (
             sum(len(packed.ids[i]) for i in packed.sides([side])) for side in (0, 1)
@@ -423,15 +423,27 @@ class DuDiTrainer(Trainer):
             lost=lost,
         )
 
-    def _lost(self, rows: list[int], segment: int, reason: str, group: int) -> Record:
-        """A response to which there is no usable answer, for `bad_rows.jsonl`."""
-        return {
-            "split": "train",
-            "row": rows[segment // group],
-            "step": self.state.global_step + 1,
-            "response": "sample" if segment % group else "given",
-            "reason": reason,
-        }
+    def _answered(
+        self, teacher: KnownTop, lesson: Lesson, rows: list[int]
+    ) -> tuple[Lesson, list[Record]]:
+        """With the teacher's answers; the responses without one, for `bad_rows.jsonl`."""
+        step = self.state.global_step + 1
+        try:
+            lesson, lost = answered(teacher, lesson)
+        except TeacherServerError as error:
+            raise type(error)(
+                f"step {step}, dataset rows {rows}: {error}. {self._last_good}"
+            ) from error
+        return lesson, [
+            {
+                "split": "train",
+                "row": rows[segment // lesson.group],
+                "step": step,
+                "response": "sample" if segment % lesson.group else "given",
+                "reason": reason,
+            }
+            for segment, reason in lost.items()
+        ]
 
     def _quarantine(self, lost: list[Record]) -> None:
         """On every rank, what any of them lost in this step."""

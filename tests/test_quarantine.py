@@ -177,7 +177,8 @@ def test_responses_to_which_a_server_answers_rubbish(
 ) -> None:
     """The divergences are means over the others."""
     settings: dict[str, Any] = {"on_policy_weight": 0.7, "ce_weight": 0.1, "num_generations": 2}
-    with pytest.raises(TeacherServerError, match="must answer choices"):
+    wanted = r"step 1, dataset rows \[.*\]: .* must answer choices.*There is no checkpoint yet"
+    with pytest.raises(TeacherServerError, match=wanted):
         asking(tmp_path / "error", server, **settings).train()
     run = asking(tmp_path / "run", server, **settings, **SKIP)
     batch, output = step(run)

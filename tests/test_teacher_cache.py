@@ -18,6 +18,7 @@ from test_teaching import ALONE, GIVEN, kl, log_probs, step, teacher_tokenizer
 from dudi import cli, teacher_cache
 from dudi.caching import HiddenStates, LikeliestTokens, asked_by, write_cache
 from dudi.callbacks import read_jsonl
+from dudi.config import DuDiConfig
 from dudi.teacher_cache import CachedStates, CachedTop, Entry
 from dudi.trainer import DuDiTrainer
 
@@ -450,6 +451,16 @@ def test_the_command_refuses(
     assert cli.main(["cache-teacher", *options, *named]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "c").exists() or not any((tmp_path / "c").iterdir())
+
+
+def test_one_process_makes_a_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk(tmp_path)
+    monkeypatch.setattr(DuDiConfig, "world_size", 2)
+    options = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "c")]
+    assert cli.main(["cache-teacher", *options]) == 2
+    assert "must be made in one process, got 2" in capsys.readouterr().err
 
 
 def test_a_cache_of_another_teacher_by_name(cache: Path, tmp_path: Path) -> None:
