@@ -1,4 +1,4 @@
-"""`dudi export`: a run, checkpoint or adapter as one folder that `from_pretrained` and servers load.
+"""`dudi export`: a run, checkpoint or adapter as one folder that `from_pretrained` loads.
 
     adapters      merged into their base, in fp32, then in the base's type
     weights       safetensors, bit for bit as saved unless `dtype` asks for another type
@@ -200,7 +200,7 @@ def write_export(
 
 
 def staging_of(path: Path) -> Path:
-    """The folder beside `path` that an export is written to; what an earlier one left is removed."""
+    """The folder beside `path` that an export is written to, with nothing in it."""
     staged = path.with_name(f"_exporting-{path.name}")
     shutil.rmtree(staged, ignore_errors=True)
     return staged
@@ -227,7 +227,7 @@ def export_model(
         model_name_or_path: a run's folder (its final model, else its newest whole checkpoint), its
             `model/` or `checkpoint-N/`, a model's or adapter's folder, or a Hub id.
         output_dir: must be new or empty; with `overwrite`, an earlier export.
-        dtype: float32, bfloat16 or float16; by default the weights' own (of an adapter, its base's).
+        dtype: float32, bfloat16 or float16; by default as saved (of an adapter, as its base).
         license, base_model: for the card; by default what the run and its student tell.
         evaluation: a JSON file of `dudi evaluate --output`; by default the run's evaluation.json.
 

@@ -136,7 +136,9 @@ def write_card(
     """Write the card of `model` to `path`; what is not known is left out of it."""
     info = _read_run(source.run)
     options = (info.get("script") or {}) | (info.get("config") or {})
-    student = base_model or options.get("model_name_or_path") or (source.adapter and source.model)
+    student = base_model or options.get("model_name_or_path")
+    if student is None and source.adapter is not None:
+        student = source.model
     data, teacher = options.get("dataset_name"), options.get("teacher_model_name_or_path")
     evaluations = read_evaluations(evaluation, source.run)
     tested = str(options.get("dataset_test_name") or data or "held-out text")
@@ -148,7 +150,7 @@ def write_card(
         pipeline_tag="text-generation",
         tags=["dudi", "distillation"] if teacher else ["dudi"],
         base_model=student if is_hub_id(student) else None,
-        datasets=[data] if is_hub_id(data) else None,
+        datasets=[str(data)] if is_hub_id(data) else None,
         model_name=source.name,
         eval_results=_results(evaluations, tested) or None,
     )

@@ -2,7 +2,7 @@
 
     facts.py      what is known of the version that was read: suite, tasks, metrics, baselines
     prepare.py    a checkpoint as SEA-HELM wants it, the suite of some languages, the command line
-    checkout.py   a checkout's version, options and tasks; a folder of links to run it with our suite
+    checkout.py   a checkout's version, options and tasks; a folder of links with our suite
     launch.py     the runs, one a seed
     results.py    its result files, checked
     scores.py     task -> competency -> language -> SEA, over seeds

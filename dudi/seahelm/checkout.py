@@ -40,7 +40,7 @@ class Checkout:
         if self.commit == known["commit"]:
             return f"SEA-HELM {tested}, the version that this was tested against"
         own = f"version {self.version or 'unknown'}, commit {(self.commit or 'unknown')[:7]}"
-        return f"SEA-HELM of {own}; this was tested against {tested}: tasks and result files may differ"
+        return f"SEA-HELM of {own}; tested against {tested}: tasks and result files may differ"
 
 
 def open_checkout(path: str | Path) -> Checkout:

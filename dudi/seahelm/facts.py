@@ -1,4 +1,4 @@
-"""What is known of SEA-HELM (data/seahelm.yaml): its suite, and how each task's score is normalised.
+"""What is known of SEA-HELM (data/seahelm.yaml): its suite, and how scores are normalised.
 
     value = 100 max(0, (score - baseline) / (max - baseline))
 

@@ -1,8 +1,9 @@
 """SEA-HELM's result files, read and checked.
 
-    OUTPUT/MODEL/run_N/results/MODEL_seahelm_results_TIME.json    {language: {competency: {task: {...},
-                                                                  "total"}, "total"}, "total"}
-    OUTPUT/MODEL/run_N/configs/MODEL_run_config_TIME.yaml         tasks, seed, run_args, run_env
+    OUTPUT/MODEL/run_N/results/MODEL_seahelm_results_TIME.json
+        {language: {competency: {task: {figure: number, ...}, "total"}, "total"}, "total"}
+    OUTPUT/MODEL/run_N/configs/MODEL_run_config_TIME.yaml
+        tasks: {task: {competency, metric, ...}}, seed, run_args, run_env
 
 (`write_metric_to_file`, `save_config` of src/seahelm_evaluation.py, `aggregate_metrics` of
 src/aggregate_metrics.py.) The file is written again after every task and gets its totals last, so

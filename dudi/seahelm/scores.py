@@ -1,6 +1,6 @@
 """Task -> competency -> language -> SEA, in every run, then means and intervals over the runs.
 
-    competency = mean of its tasks        (the tasks of a group, as translation's two, averaged first)
+    competency = mean of its tasks        (those of a group, as translation's two, averaged first)
     language   = mean of its competencies
     SEA        = mean of its languages    (id, vi, th, ta, tl, ms, my: those that were run)
 
@@ -82,7 +82,8 @@ def aggregate(scores: dict[tuple[str, str], float], tasks: dict[str, Task]) -> d
     for (language, name), value in scores.items():
         task = tasks[name]
         group = (task.group,) if task.group else ()
-        nodes[language, task.competency, *group, name] = value
+        node: Node = (language, task.competency, *group, name)
+        nodes[node] = value
     for depth in (3, 2, 1):  # groups, competencies, languages
         below = defaultdict(list)
         for node, value in nodes.items():
@@ -155,7 +156,7 @@ def _notes(runs: list[Run]) -> list[str]:
 
 
 def collect(places: Iterable[str | Path]) -> list[Model]:
-    """The models whose results are in folders (or result files), in the order in which they are met.
+    """The models whose results are in folders (or result files), as they are met.
 
     Raises:
         FileNotFoundError: no such place.
