@@ -2,8 +2,8 @@
 
 Like the real one it works in the folder that it is started in, finds tasks by globbing config.yaml
 files, puts groups of tasks in the suite's place, writes the configuration first, the results again
-after every task, and totals last. Scores are made of seed, language and task. For tests of what goes
-wrong, FAKE_EXIT ends it half-way with that status, FAKE_ERROR names tasks that it fails to evaluate.
+after every task, and totals last. Scores are made of seed, language and task. To test what goes
+wrong, FAKE_EXIT ends it half-way with that status, FAKE_ERROR names tasks that it can't evaluate.
 """
 
 import argparse
