@@ -84,7 +84,7 @@ def make_adapter(folder: Path, base: Path) -> torch.nn.Module:
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return adapted
 
 
@@ -193,7 +193,11 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
         ({"evaluation": str(tmp_path / "bad.json")}, "must be an object with languages"),
         ({"evaluation": str(tmp_path / "none.json")}, "can't be read"),
     ):
-        given = {"model_name_or_path": str(source), "output_dir": tmp_path / "out", **options}
+        given: dict[str, Any] = {
+            "model_name_or_path": str(source),
+            "output_dir": tmp_path / "out",
+            **options,
+        }
         with pytest.raises(ValueError, match=message):
             export_model(**given)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "full", "source"]

@@ -109,14 +109,15 @@ def test_a_base_model_needs_no_template_and_is_spared_instructions(tmp_path: Pat
 
 def test_bad_options_of_prepare(tmp_path: Path) -> None:
     source = str(make_model(tmp_path / "source"))
-    for options, message in (
+    bad: tuple[tuple[dict[str, Any], str], ...] = (
         ({"languages": "id,xx"}, "languages must be among .* got 'xx'"),
         ({"languages": ","}, "languages must name at least one"),
         ({"model_type": "hf"}, "model_type must be one of vllm, online_vllm, online_sglang"),
         ({"model_args": "a=1, b=2"}, "without spaces"),
         ({"name": "a/b"}, "name must be that of a folder, got 'a/b'"),
         ({"chat_template": "none.jinja"}, "chat_template must be a Jinja file"),
-    ):
+    )
+    for options, message in bad:
         with pytest.raises(ValueError, match=message):
             prepare(source, tmp_path / "out", **options)
     out = prepare(source, tmp_path / "out", languages="th")

@@ -70,7 +70,7 @@ def _line(node: Node, found: list[Estimate | None]) -> Line:
         _title(node),
         [cell(e) for e in found],
         [0.0 if e is None else round(min(e.mean, 100.0), 2) for e in found],
-        [e is not None and len(means) > 1 and e.mean == max(means) for e in found],
+        [e is not None and min(means) < max(means) == e.mean for e in found],
     )
 
 

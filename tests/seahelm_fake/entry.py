@@ -26,7 +26,8 @@ def follow(value, configs):
 
 
 def read_tasks():
-    configs, groups = {}, {}
+    configs: dict = {}
+    groups: dict = {}
     for path in glob.glob("seahelm_tasks/**/config.yaml", recursive=True):
         with open(path, encoding="utf-8") as file:
             configs.update(yaml.safe_load(file))
@@ -56,7 +57,8 @@ def aggregate(results, configs):
     for competencies in results.values():
         totals = []
         for entries in competencies.values():
-            groups, scores = {}, []
+            groups: dict = {}
+            scores = []
             for name, entry in list(entries.items()):
                 value = entry[configs[name]["metric"]]
                 group = configs[name].get("aggregation_group")
@@ -103,7 +105,7 @@ def main():
     with open(f"{folder}/configs/{name}_run_config_{time}.yaml", "w", encoding="utf-8") as file:
         yaml.safe_dump(told, file)
 
-    results = {}
+    results: dict = {}
     for language, names in suite.items():
         for task in [t for n in names for t in groups.get(n, [n])]:
             config = configs[task]
