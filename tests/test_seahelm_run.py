@@ -23,26 +23,11 @@ from dudi.seahelm.prepare import prepare
 from dudi.seahelm.report import to_dict
 from dudi.seahelm.scores import collect
 
-ID = [
-    "sentiment", "qa", "metaphor", "toxicity", "translation-en-xx", "translation-xx-en", "abssum",
-    "causal", "nli", "if-eval",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder whose suite the stand-in has: without what it lacks."""
     folder = tmp_path_factory.mktemp("made")
-    out = prepare(str(run_of(folder / "first")), folder / "out", languages="id,fil")
-    settings = json.loads((out / "seahelm.json").read_text())
-    known = [*ID, "belebele-qa-mc", "kalahi-mc", "global_mmlu_lite"]
-    settings["suite"] = {
-        code: [n for n in names if n in known and (code, n) != ("id", "global_mmlu_lite")]
-        for code, names in settings["suite"].items()
-    }
-    (out / "seahelm.json").write_text(json.dumps(settings))
-    (out / "task_config.yaml").write_text(yaml.safe_dump({"dudi": settings["suite"]}))
-    return out
+    return prepare(str(run_of(folder / "first")), folder / "out", languages="id,fil")
 
 
 @pytest.fixture
@@ -143,9 +128,12 @@ def test_runs_of_seeds_and_their_report(made: Path, checkout: Path, tmp_path: Pa
 
     (model,) = collect([tmp_path / "results"])
     assert model.notes == [] and model.name == "first"
-    for code in ("id", "tl"):  # the stand-in aggregates by itself
-        assert model.nodes[code,].mean == pytest.approx(model.recorded(code))
-    assert model.nodes[()].mean == pytest.approx(model.recorded(""))
+    # the stand-in aggregates by itself, and as SEA-HELM does without syntax-criteria
+    assert model.nodes["tl",].mean == pytest.approx(model.recorded("tl"))
+    kept = [model.nodes["id", "linguistic-diagnostics", n].mean for n in ("mp-r", "pragmatics")]
+    more = sum(kept) / 2 - model.nodes["id", "linguistic-diagnostics"].mean
+    competencies = len(model.children(("id",)))
+    assert model.nodes["id",].mean + more / competencies == pytest.approx(model.recorded("id"))
     assert [run["seed"] for run in to_dict([model])["models"][0]["runs"]] == [11, 12]
 
     again = launch(made, checkout, tmp_path / "results", seeds=[11, 12, 13])  # one more
@@ -160,6 +148,31 @@ def test_the_script_does_the_same_without_us(made: Path, checkout: Path, tmp_pat
     for _ in range(2):  # it can be started again
         subprocess.run(command, env=environment, check=True, capture_output=True)
     assert result_values(tmp_path / "theirs")[::2] == result_values(tmp_path / "ours")
+
+
+def test_the_commands_of_the_guide(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/seahelm.md, with a uv that has one environment."""
+    text = (Path(__file__).parents[1] / "docs" / "seahelm.md").read_text()
+    commands = text.split("```sh\n")[1].split("```")[0].splitlines()
+    here = tmp_path / "work"
+    run_of(here / "runs" / "first")
+    checkout.rename(tmp_path / "SEA-HELM")
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(f'#!/bin/sh\nshift 4\nexec "{sys.executable}" "$@"\n')
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{uv.parent}:/usr/bin:/bin")
+    monkeypatch.chdir(here)
+    done = 0
+    for command in filter(None, commands):
+        words = shlex.split(command)
+        assert words[0] == "dudi"
+        more = ["--seeds", "[1, 2]"] if words[1:3] == ["seahelm", "run"] else []
+        assert cli.main([*words[1:], *more]) == 0
+        done += 1
+    assert done == 4 and (here / "reports" / "seahelm.html").exists()
 
 
 def test_a_failed_run_is_told_and_gone_on_with(
@@ -250,7 +263,7 @@ def test_checkouts_that_do_not_fit(made: Path, checkout: Path) -> None:
     content = yaml.safe_load(config.read_text())
     del content["nli"]["languages"]["tl"]
     config.write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match="has task 'nli' in id, not in tl"):
+    with pytest.raises(ValueError, match="has task 'nli' in id, th, not in tl"):
         make_plan(made, checkout)
     config.unlink()
     with pytest.raises(ValueError, match="has no task 'nli'"):

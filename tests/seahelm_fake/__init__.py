@@ -14,32 +14,57 @@ from typing import Any
 import yaml
 
 TIME = "2026-01-02T03:04:05.000001"
-# task: folder, competency, metric, languages (with the number of labels), more
-TASKS: dict[str, tuple[str, str, str, Any, dict[str, Any]]] = {
-    "sentiment": ("nlu/sentiment", "nlu", "normalized_accuracy", {"id": 3, "tl": 3}, {}),
-    "qa": ("nlu/qa", "nlu", "normalized_f1", {"id": 0, "tl": 0}, {}),
-    "belebele-qa-mc": ("nlu/belebele", "nlu", "normalized_accuracy", {"tl": 4}, {}),
-    "metaphor": ("nlu/metaphor", "nlu", "normalized_accuracy", {"id": 2}, {}),
-    "toxicity": ("safety/tox", "safety", "normalized_accuracy", {"id": 3, "tl": 2}, {}),
-    "translation-en-xx": (
-        "nlg/translation", "nlg", "normalized_metricx_wmt24_scores", {"id": 0, "tl": 0},
-        {"aggregation_group": "translations", "use_judges": True},
+LANGUAGES = ("id", "th", "tl")
+PHENOMENA = ["scalar_implicatures", "presuppositions"]
+
+
+def _task(
+    folder: str, competency: str, metric: str, languages: Any = LANGUAGES, **more: Any
+) -> dict[str, Any]:
+    """A config.yaml's entry; `labels` (by language) are the stand-in's data."""
+    labels = more.pop("labels", dict.fromkeys(LANGUAGES, 0))
+    known = languages if isinstance(languages, str) else {code: {} for code in languages}
+    told = {"competency": competency, "metric": metric, "languages": known, "labels": labels}
+    return {"folder": folder, **told, **more}
+
+
+def _choice(folder: str, competency: str, n: Any, languages: Any = LANGUAGES, **more: Any) -> Any:
+    labels = n if isinstance(n, dict) else dict.fromkeys(LANGUAGES, n)
+    return _task(folder, competency, "normalized_accuracy", languages, labels=labels, **more)
+
+
+def _judged(folder: str, competency: str, languages: Any) -> dict[str, Any]:
+    return _task(folder, competency, "average_criteria_score", languages, use_judges=True)
+
+
+METRICX = "normalized_metricx_wmt24_scores"
+GROUPED: dict[str, Any] = {"aggregation_group": "translations", "use_judges": True}
+LINDSEA, EXAM = "linguistic-diagnostics", {"aggregation_group": "thai_exam"}
+TASKS = {
+    "sentiment": _choice("nlu/sentiment", "nlu", 3),
+    "qa": _task("nlu/qa", "nlu", "normalized_f1", ["id", "th"]),
+    "belebele-qa-mc": _choice("nlu/belebele", "nlu", 4, ["tl"]),
+    "metaphor": _choice("nlu/metaphor", "nlu", 2, ["id"]),
+    "toxicity": _choice("safety/tox", "safety", {"id": 3, "th": 2, "tl": 2}),
+    "translation-en-xx": _task("nlg/translation", "nlg", METRICX, **GROUPED),
+    "translation-xx-en": _task(
+        "nlg/translation", "nlg", METRICX, "${translation-en-xx.languages}", **GROUPED
     ),
-    "translation-xx-en": (
-        "nlg/translation", "nlg", "normalized_metricx_wmt24_scores",
-        "${translation-en-xx.languages}",
-        {"aggregation_group": "translations", "use_judges": True},
-    ),
-    "abssum": ("nlg/abssum", "nlg", "normalized_rougel_f1", {"id": 0, "tl": 0}, {}),
-    "causal": ("nlr/causal", "nlr", "normalized_accuracy", {"id": 2, "tl": 2}, {}),
-    "nli": ("nlr/nli", "nlr", "normalized_accuracy", {"id": 3, "tl": 3}, {}),
-    "if-eval": (
-        "instruction_following/ifeval", "instruction-following", "overall_lang_normalized_acc",
-        {"id": 0, "tl": 0}, {},
-    ),
-    "kalahi-mc": ("cultural/kalahi", "cultural", "normalized_accuracy", {"tl": 4}, {}),
-    "global_mmlu_lite": ("knowledge/mmlu", "knowledge", "normalized_accuracy", {"tl": 4}, {}),
-}  # fmt: skip
+    "abssum": _task("nlg/abssum", "nlg", "normalized_rougel_f1"),
+    "causal": _choice("nlr/causal", "nlr", 2),
+    "nli": _choice("nlr/nli", "nlr", 3),
+    "if-eval": _task("if/ifeval", "instruction-following", "overall_lang_normalized_acc"),
+    "mt-bench-judge": _judged("multi_turn/mt_bench_judge", "multi-turn", LANGUAGES),
+    "kalahi-mc": _choice("cultural/kalahi", "cultural", 4, ["tl"]),
+    "kalahi-judge": _judged("cultural/kalahi_judge", "cultural", ["tl"]),
+    "global_mmlu_lite": _choice("knowledge/mmlu", "knowledge", 4, ["id", "tl"]),
+    "thai_exam_onet": _choice("knowledge/thai_exam", "knowledge", 5, ["th"], **EXAM),
+    "thai_exam_ic": _choice("knowledge/thai_exam", "knowledge", 4, ["th"], **EXAM),
+    "syntax-criteria": _judged("lindsea/criteria", LINDSEA, ["id"]),
+    "mp-r": _choice("lindsea/syntax", LINDSEA, 2, ["id"]),
+    "pragmatic-single": _choice("lindsea/pragmatics", LINDSEA, 2, ["id"], phenomena=PHENOMENA[:1]),
+    "pragmatic-pair": _choice("lindsea/pragmatics", LINDSEA, 2, ["id"], phenomena=PHENOMENA),
+}
 
 
 def make_checkout(folder: Path) -> Path:
@@ -50,14 +75,9 @@ def make_checkout(folder: Path) -> Path:
     (folder / "chat_templates" / "base_model.jinja").write_text("{{ messages }}")
     (folder / "pyproject.toml").write_text('[project]\nname = "seahelm"\nversion = "1.2.0"\n')
     configs: dict[str, dict[str, Any]] = {}
-    for name, (place, competency, metric, languages, more) in TASKS.items():
-        configs.setdefault(place, {})[name] = {
-            "competency": competency,
-            "metric": metric,
-            "languages": languages,
-            "labels": languages,
-            **more,
-        }
+    for name, task in TASKS.items():
+        config = {key: value for key, value in task.items() if key != "folder"}
+        configs.setdefault(task["folder"], {})[name] = config
     for place, tasks in configs.items():
         path = folder / "seahelm_tasks" / place / "config.yaml"
         path.parent.mkdir(parents=True)

@@ -41,6 +41,8 @@ def read_tasks():
 def figures(config, language, quality):
     """What the task's metric class returns, at a quality in [0, 1]."""
     metric = config["metric"]
+    if "phenomena" in config:  # a part of LINDSEA's pragmatics: right answers, and questions
+        return {"subcategories": {name: [round(10 * quality), 10] for name in config["phenomena"]}}
     if metric == "normalized_accuracy":
         chance = 1 / config["labels"][language]
         accuracy = chance + (1 - chance) * quality
@@ -52,11 +54,30 @@ def figures(config, language, quality):
     return {metric: 100 * quality}
 
 
+def aggregate_lindsea(entries):
+    """Pragmatics by phenomenon over its parts, then with mp-r: what a judge adds is left out."""
+    counts: dict = {}
+    for part in ("pragmatic-single", "pragmatic-pair"):
+        for name, (right, questions) in entries[part]["subcategories"].items():
+            counts.setdefault(name, []).append((right, questions))
+    shares = [sum(r for r, _ in c) / sum(n for _, n in c) for c in counts.values()]
+    accuracy = sum(shares) / len(shares)
+    normalized = 100 * max(2 * accuracy - 1, 0)
+    entries["pragmatics"] = {"accuracy": 100 * accuracy, "normalized_accuracy": normalized}
+    total = (entries["mp-r"]["normalized_accuracy"] + normalized) / 2
+    entries["lindsea"] = {"normalized_score": total, "subcategories": {}}
+    entries["total"] = total
+    return total
+
+
 def aggregate(results, configs):
     languages = []
     for competencies in results.values():
         totals = []
-        for entries in competencies.values():
+        for competency, entries in competencies.items():
+            if competency == "linguistic-diagnostics":
+                totals.append(aggregate_lindsea(entries))
+                continue
             groups: dict = {}
             scores = []
             for name, entry in list(entries.items()):
