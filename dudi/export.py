@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from dudi.checkpoints import CHECKPOINT, holds_run, last_checkpoint
 from dudi.finite import weights_are_finite
-from dudi.model_card import write_card
+from dudi.model_card import read_evaluations, write_card
 from dudi.models import load_model, load_tokenizer, looks_like_a_path
 from dudi.saving import MANIFEST_FILE, disk_errors, flaw, seal
 
@@ -239,6 +239,7 @@ def export_model(
     source, path = find_source(model_name_or_path), Path(output_dir)
     check_target(path, overwrite)
     check_apart(source, path)
+    read_evaluations(evaluation, source.run)  # found out before a large model is loaded
     staged = staging_of(path)
     try:
         with disk_errors(path):

@@ -17,7 +17,7 @@ from dudi import cli
 from dudi.config import DuDiConfig, ScriptArguments
 from dudi.export import export_model
 from dudi.run import run_training
-from dudi.saving import flaw
+from dudi.saving import DiskError, flaw
 
 GENERATION = '{"do_sample": false,   "temperature": 0.3,\n\n "_odd": true}\n'  # save refuses it
 
@@ -216,6 +216,20 @@ def test_what_is_not_finite_or_lacks_its_base_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="must name its base in base_model_name_or_path, got None"):
         export_model(str(adapter), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_can_not_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model(tmp_path / "source")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dudi.export.write_card", full)  # the last file but the manifest
+    with pytest.raises(DiskError, match=r"out could not be written: .*No space left"):
+        export_model(str(source), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:

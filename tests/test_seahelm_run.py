@@ -205,6 +205,19 @@ def test_a_failed_task_is_told_and_tried_again(
     assert collect([tmp_path / "results"])[0].notes == []
 
 
+def test_a_stopped_run_says_how_to_go_on(
+    made: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dudi.seahelm.launch._call", stop)
+    with pytest.raises(KeyboardInterrupt, match="Stopped in run 0; the same command goes on"):
+        launch(made, checkout, tmp_path / "results")
+    monkeypatch.undo()
+    assert [o.code for o in launch(made, checkout, tmp_path / "results")] == [0, 0]
+
+
 def test_a_dry_run_prints_what_would_run(
     made: Path, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,14 +188,15 @@ def _finished(place: Path, unfinished: dict[Path, list[str]]) -> dict[Path, Path
     if not place.is_dir():
         raise FileNotFoundError(f"results {place} does not exist")
     found = {}
-    for folder in dict.fromkeys(file.parent.parent for file in result_files(place)):
+    folders = dict.fromkeys(file.parent.parent for file in result_files(place))
+    for folder in folders:
         newest = newest_finished(folder)
         if newest is None:
             unfinished[folder.parent].append(f"{folder.name} has not ended: left out")
         else:
             found[folder] = newest
     if not found:
-        told = "no result file" if not unfinished else "no finished run"
+        told = "no finished run" if folders else "no result file"
         raise ValueError(f"results {place} has {told} run_N/results/*_seahelm_results_*.json")
     return found
 
