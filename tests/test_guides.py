@@ -97,7 +97,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate((STUDENT, TEACHER)):
         tiny.model(seed, width=32 + 16 * seed).save_pretrained(name)
         tiny.tokenizer().save_pretrained(name)
-    write_rows(tmp_path / "train.jsonl", few_rows("train"))
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", few_rows(split))
     return tmp_path
 
 
