@@ -47,7 +47,6 @@ from dudi.config import WEIGHTS, DuDiConfig, to_public_dict
 from dudi.data import DuDiCollator, content_hash, prepare_dataset
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
 from dudi.known import KnownTeacher
-from dudi.known_signals import dudi_loss
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -94,7 +93,7 @@ from dudi.teaching import (
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_log_prob, sequence_log_prob
+from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -527,10 +526,11 @@ class DuDiTrainer(Trainer):
             weight = _row_weight(
                 weight, packed.segment_ids % batch.responses.group == 0, batch.totals
             )
-        return dudi_loss(
+        return linear_dudi_loss(
             hidden,
             lm_head(module),
-            taught,
+            None if taught is None else taught.hidden,
+            None if taught is None else taught.head,
             packed.targets,
             packed.segment_ids,
             preference_loss=a.preference_loss,
