@@ -21,7 +21,7 @@ BLOCK = 4096  # columns of a vocabulary block, at the most
 WHOLE_COLUMNS = (128, 16)  # of a block: whole tiles, or at least whole 16-byte loads
 FEW_ROWS = 256  # of hidden states, are converted at once however narrow a block is
 FP32 = 4
-TOP_BYTES = 160  # of a row for each of the teacher's likeliest tokens: float64 temporaries
+TOP_BYTES = 13 * 8  # of a row for each of the likeliest tokens of its teacher: in float64
 LOGIT_BYTES = 15  # that passes over one side's logits in memory move
 
 

@@ -29,6 +29,8 @@ from dudi_kernels.tiles import (
 )
 from dudi_kernels.topk import Top
 
+TAKEN = FLOOR / 2  # in the place of what is taken out: no mass, and to the steps no mask
+
 
 class Compared(NamedTuple):
     """Some rows' classes, the bucket last, in the precision of log-sum-exps."""
@@ -69,7 +71,7 @@ class TopKSteps:
         own = logits.gather(1, ids)
         if wanted.statistics and self.targets is not None:
             self.state.target[rows] = logits.gather(1, self.targets[rows, None])[:, 0]
-        logits.scatter_(1, ids, FLOOR)  # finite: the steps need no mask for it
+        logits.scatter_(1, ids, TAKEN)
         early = Steps(statistics=wanted.statistics, sums=wanted.sums)
         if any(early):
             self.backend.steps(self.setting, self.rest, tile._replace(measure=None), early)
@@ -98,7 +100,7 @@ class TopKSteps:
 
     def _student(self, own: Tensor, rows: slice) -> Tensor:
         whole, rest = self.state.log_sum[rows, None], self.rest.log_sum[rows, None]
-        rest = rest.masked_fill(rest < FLOOR / 2, -torch.inf)  # of a vocabulary that is taken out
+        rest = rest.masked_fill(rest < TAKEN / 2, -torch.inf)  # nothing stays
         return (torch.cat([own.to(rest.dtype), rest], 1) - whole).clamp_(min=FLOOR)
 
     def _teacher(self, rows: slice) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from dudi_kernels import (
 )
 from dudi_kernels.plan import Plan
 from dudi_kernels.preference import PREFERENCES, Packing
+from dudi_kernels.prepare import pick_backend
 from dudi_kernels.three_signals import _groups
 
 VOCAB = 301
@@ -378,3 +379,76 @@ def test_likeliest_tokens_in_divergences_and_dtypes(divergences, dtype, backend)
         memory_budget=60_000,
         backend=backend,
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_tokens_are_the_whole_teacher(backend):
+    """Nothing is left for the bucket."""
+    student, teacher, targets, segments = make(bias=True)
+    log_probs, ids = teacher.logits().detach().float().log_softmax(-1).topk(VOCAB)
+    settings = {"preference_weight": 0.3, "ce_weight": 0.2, "backend": backend}
+    whole = dudi(student, teacher, targets, segments, **settings)
+    known = dudi(student, TopKTeacher(ids, log_probs), targets, segments, **settings)
+    for name, a, b in zip(whole._fields, known, whole, strict=True):
+        assert error(a, b) < VALUE_RTOL, name
+    for a, b in zip(
+        torch.autograd.grad(known.loss, student.inputs),
+        torch.autograd.grad(whole.loss, student.inputs),
+        strict=True,
+    ):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_likeliest_tokens_take_one_sweep(backend, monkeypatch):
+    student, guide, targets, segments = likeliest()
+    module = pick_backend(backend, targets.device)
+    rows, made = [], module.project
+
+    def project(side, out):
+        rows.append(len(out))
+        return made(side, out)
+
+    monkeypatch.setattr(module, "project", project)
+    dudi(student, guide, targets, segments, preference_weight=0.3, ce_weight=0.2, backend=backend)
+    assert rows == [sum(LENGTHS)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "inside"), [("torch", True), ("torch", False), ("triton", True)]
+)
+def test_a_near_certain_target_keeps_its_gradient(inside, backend):
+    """1 - q of it is not made of 1 and q, be it among the teacher's tokens or not. (Outside of them
+    Triton's log-sum-exp, in fp32, has lost it.)"""
+    student, _, targets, segments = make(bias=True)
+    targets.fill_(5)
+    with torch.no_grad():
+        student.bias[5] = 24.0
+    known = torch.full((len(targets), 1), 5 if inside else 6)
+    guide = TopKTeacher(known, torch.full(known.shape, -0.5))
+    weights = {"off_policy_weight": 1e-18, "on_policy_weight": 0.0, "ce_weight": 1.0}
+    dudi(student, guide, targets, segments, backend=backend, **weights).loss.backward()
+    want = student.double()
+    own = oracle.log_prob(want.logits(), targets)
+    assert float(own.detach().expm1().abs().median()) < 1e-6
+    given = segments % 2 == 0
+    (-own[given].mean()).backward()
+    for a, b in zip(student.hidden.grad[given], want.hidden.grad[given], strict=True):
+        assert error(a, b) < 1e-4
+
+
+def test_likeliest_tokens_that_nothing_asks_for_are_not_read():
+    student, guide, targets, segments = likeliest()
+    wrong = TopKTeacher(guide.ids + VOCAB, guide.log_probs)
+    settings = {"off_policy_weight": 0, "on_policy_weight": 0, "ce_weight": 1.0}
+    got = dudi(student, wrong, targets, segments, **settings)
+    assert got.loss == dudi(student, guide, targets, segments, **settings).loss
+    assert not got.divergence.any() and not got.teacher_entropy.any()
+
+
+def test_no_rows_of_likeliest_tokens():
+    student, _, targets, segments = make([0, 0])
+    guide = TopKTeacher(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3))
+    got = dudi(student, guide, targets, segments, preference_weight=0.5, ce_weight=1.0)
+    got.loss.backward()
+    assert got.loss == 0 and not student.weight.grad.any()
