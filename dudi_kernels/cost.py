@@ -69,7 +69,7 @@ def plan_memory(
 
     Returns:
         `MemoryPlan`, in FLOPs and bytes. With compiled steps `peak` is what is measured, within
-        10 %; without them it is an upper bound.
+        10 % (20 % with a `top_k` of a thousand or more); without them it is an upper bound.
 
     Raises:
         ValueError, TypeError: sizes, names or types that don't fit; a budget that does not hold one

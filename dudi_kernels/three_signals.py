@@ -131,6 +131,9 @@ def linear_dudi_loss(
     Replaces, with `y+` the rows of even segments and `y-` those of odd ones (and so on for more
     samples of a prompt)::
 
+        if isinstance(teacher_hidden, TopKTeacher):        # k classes, and one of what is left
+            p, q = teacher_hidden.log_probs.exp(), q.gather(-1, teacher_hidden.ids)
+            p, q = (cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
         D_off, D_on = divergence_off(p, q)[y+].sum(-1), divergence_on(p, q)[y-].sum(-1)
         D_off, D_on = divergence_weight[y+] * D_off, divergence_weight[y-] * D_on
         logp = log_softmax(student_logits, -1).gather(-1, targets[:, None])[:, 0]
@@ -148,9 +151,9 @@ def linear_dudi_loss(
 
     Args:
         teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher;
-            unread then. Or a `TopKTeacher` and None: divergences are then over its tokens and one
-            bucket with the rest of the vocabulary, at temperature 1; rows that it says nothing of
-            have none. "teacher" can't be the reference.
+            unread then. Or a `TopKTeacher` of all N rows, and None: divergences are then over its
+            tokens and one bucket with the rest of the vocabulary, at temperature 1, and rows that
+            it says nothing of (`TopKTeacher.spread`) have none; "teacher" can't be the reference.
         segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of prompt i, 2 i + 1
             is y-; with G = `num_generations` samples of each prompt, (1 + G) i is y+, and the G
             numbers that follow are the y-, each of which makes a pair with it. Sequences may be

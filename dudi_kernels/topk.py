@@ -22,6 +22,11 @@ SLACK = 1e-3  # by which rounded probabilities may sum to more than 1
 class TopKTeacher:
     """The k likeliest tokens of each row and their log-probabilities.
 
+    In the place of a teacher's hidden states it makes of the divergence's p and q::
+
+        p, q = log_probs.exp(), q.gather(-1, ids)
+        p, q = (cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+
     A row whose log-probabilities are all -inf is one that the teacher says nothing of: it has no
     divergence, whatever its weight.
 

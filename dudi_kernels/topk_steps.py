@@ -125,33 +125,38 @@ class TopKSteps:
 
     def _gradient(self, tile: Tile, own: Tensor, found: Compared) -> None:
         """Of the bucket by the backend, then of the target, and of the top, which it may be in."""
-        assert tile.measure is not None
-        rows, logits, state = tile.own, tile.student, self.state
-        rough = (found.poles & smooth_mask(tile.measure)) != 0
-        g = found.g.masked_fill(rough[:, None], 0)  # no gradient where there is none
-        pull = state.weight[rows, None] * (g - found.q * g.sum(1, keepdim=True))
+        assert tile.measure is not None and self.rest.coefficient is not None
+        rows, logits, ids = tile.own, tile.student, self.top.ids[tile.own]
+        pull = self._pull(found, rows, tile.measure)
         of_top, of_rest = pull[:, :-1], pull[:, -1:]
-        target = coefficient = None
-        by_rest = -of_rest
-        if state.coefficient is not None:
-            coefficient = state.coefficient[rows, None].to(pull.dtype)
-            by_rest = coefficient * found.q[:, -1:] - of_rest
+        if (coefficient := self._coefficient(rows)) is not None:
             q = found.q[:, :-1]
             if self.targets is not None:
-                target = self.targets[rows, None]
-                q = torch.where(self.top.ids[rows] == target, found.lq[:, :-1].expm1(), q)
+                inside = ids == self.targets[rows, None]
+                q = torch.where(inside, found.lq[:, :-1].expm1(), q)
             of_top = of_top - coefficient * q
-        assert self.rest.coefficient is not None
-        self.rest.coefficient[rows] = by_rest[:, 0].float()
-        logits.scatter_(1, self.top.ids[rows], -torch.inf)  # past a softcap
+            pull = of_rest - coefficient * found.q[:, -1:]
+        self.rest.coefficient[rows] = -pull[:, -1].float()
+        logits.scatter_(1, ids, -torch.inf)  # past a softcap
         bucket = tile._replace(measure=None)
         self.backend.steps(self.setting, self.rest, bucket, Steps(gradient=True))
-        if target is not None and coefficient is not None:
-            logit = state.target[rows, None]
+        if coefficient is not None and self.targets is not None:
+            logit = self.state.target[rows, None]
             share = (logit - self.rest.log_sum[rows, None]).exp()
-            of_target = of_rest * share - coefficient * (logit - state.log_sum[rows, None]).expm1()
-            logits.scatter_(1, target, of_target.float() * self._slope(logit))
-        logits.scatter_(1, self.top.ids[rows], of_top.float() * self._slope(own))
+            surprise = (logit - self.state.log_sum[rows, None]).expm1()  # q - 1
+            of_target = (of_rest * share - coefficient * surprise).float()
+            logits.scatter_(1, self.targets[rows, None], of_target * self._slope(logit))
+        logits.scatter_(1, ids, of_top.float() * self._slope(own))
+
+    def _pull(self, found: Compared, rows: slice, measure: Measure) -> Tensor:
+        """(R, k + 1) the divergence's gradient in the classes' log-masses."""
+        rough = (found.poles & smooth_mask(measure)) != 0
+        g = found.g.masked_fill(rough[:, None], 0)  # no gradient where there is none
+        return self.state.weight[rows, None] * (g - found.q * g.sum(1, keepdim=True))
+
+    def _coefficient(self, rows: slice) -> Tensor | None:
+        own = self.state.coefficient
+        return None if own is None else own[rows, None].to(self.rest.log_sum.dtype)
 
     def _slope(self, logits: Tensor) -> Tensor | float:
         found = slope(logits, self.setting)

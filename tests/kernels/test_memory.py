@@ -384,8 +384,8 @@ def test_plan_memory_of_likeliest_tokens(function, top_k):
     assert plan.strategy == "retain" and plan.workspace <= budget
     found = measure(lambda: function(*sides, *packed, memory_budget=budget).loss.backward())
     assert found.peak <= plan.peak * 1.1
-    if native.library() is not None:
-        assert found.peak >= plan.peak * 0.9
+    if native.library() is not None:  # very many tokens: most of it is what some losses need
+        assert found.peak >= plan.peak * (0.9 if top_k < 1000 else 0.8)
 
 
 def test_plan_memory_counts_the_gemms():
