@@ -18,14 +18,13 @@ from torch import Tensor
 
 from dudi.bridge import Bridge
 from dudi.config import DuDiConfig
-from dudi.known import KnownTop
-from dudi.known_signals import Known, check_known
+from dudi.known import KnownTop, check_known
 from dudi.meter import Meter
 from dudi.pairing import Pairing
 from dudi.rows import Reader, TeacherPrompts
 from dudi.signals import Packed, lm_head, pack, response_hidden, vocab_size
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
-from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
+from dudi_kernels import LMHead, TopKTeacher, Verbalizer, linear_dudi_loss, linear_log_prob
 
 TINY = 1e-12  # no 0 / 0
 UNPAIRED_SEEN = 256  # responses before a share of them that don't pair says anything
@@ -79,17 +78,11 @@ class Lesson(NamedTuple):
 
 
 class Taught(NamedTuple):
-    hidden: Tensor | None  # (N, E)
-    head: LMHead | None
+    hidden: Tensor | TopKTeacher  # (N, E)
+    head: LMHead | None  # None where likeliest tokens are all that is known
     weight: Tensor | None  # (N,)
     gate: Tensor | None  # (M,) of the teacher's rows of y+
     shift: Tensor | None  # (T,) how far the verbalized prompt moves the plain one's hidden states
-    known: Known | None = None  # in place of hidden states and head
-
-    @property
-    def side(self) -> tuple[Any, LMHead | None]:
-        """As `linear_distill_loss` takes a teacher, where all of the rows are taught."""
-        return (self.hidden, self.head) if self.known is None else (self.known.top, None)
 
 
 def make_lesson(
@@ -164,8 +157,9 @@ def teach(
     likeliest tokens, these."""
     if isinstance(teacher, KnownTop):
         weight = None if lesson.weight is None else lesson.weight.to(device)
-        known = Known.of(teacher.top(lesson.seen), lesson.student_rows, device)
-        return Taught(None, None, weight, None, None, known)
+        top = teacher.top(lesson.seen)
+        top = top if lesson.whole else top.spread(lesson.student_rows, rows)
+        return Taught(top.to(device), None, weight, None, None)
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
     hidden = response_hidden(teacher, seen, padding_free)
