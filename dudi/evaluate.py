@@ -105,7 +105,8 @@ def _scores_inside(
         values = linear_distill_loss(
             hidden,
             head,
-            *guide.side,
+            guide.hidden,
+            guide.head,
             targets=packed.targets,
             verbalizer=bridge.verbalizer,
         )

@@ -14,8 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from dudi.bridge import Bridge
+    from dudi.config import DuDiConfig
     from dudi.signals import Packed
     from dudi_kernels import LMHead, TopKTeacher
+
+# of a `KnownTop`: what it can't be asked for, and the value that asks for nothing
+NEUTRAL = {
+    "temperature": 1.0,
+    "teacher_top_p": 1.0,
+    "gradient_tolerance": 0.0,
+    "verbalized_share": 1.0,
+    "confidence_gating": 0.0,
+}
 
 
 class Sequence(NamedTuple):
@@ -76,3 +87,29 @@ def sequences(packed: Packed) -> Iterator[Sequence]:
             whole = ids[seen.bool()].tolist()
             start = len(whole) - int(rows.sum())
             yield Sequence(whole[:start], whole[start:])
+
+
+def check_known(teacher: KnownTop, bridge: Bridge, args: DuDiConfig, size: int) -> None:
+    """Raise ValueError for what can't be had of a teacher's likeliest tokens."""
+    for name, wanted in NEUTRAL.items():
+        if getattr(args, name) != wanted:
+            raise ValueError(
+                f"{name} must be {wanted} with {teacher.what}, whose likeliest tokens alone are "
+                f"known, got {getattr(args, name)}"
+            )
+    if args.teacher_temperature not in (None, 1.0):
+        raise ValueError(
+            f"teacher_temperature must be 1 with {teacher.what}, got {args.teacher_temperature}"
+        )
+    if args.preference_weight > 0 and args.reference == "teacher":
+        raise ValueError(f"reference must not be 'teacher' with {teacher.what}: use initial")
+    if bridge.pairing is not None or bridge.verbalizer is not None:
+        raise ValueError(
+            f"{teacher.what} must have the student's tokenizer, and there must be no lexicon or "
+            "other map of the vocabularies: its likeliest tokens are compared as they are"
+        )
+    if (teacher.vocab_size or 0) > size:
+        raise ValueError(
+            f"{teacher.what} was cached for a head of {teacher.vocab_size} rows at least, the "
+            f"student's has {size}"
+        )

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dudi.bridge import Bridge
 from dudi.config import DuDiConfig
-from dudi.known import KnownTop
-from dudi.known_signals import Known, check_known
+from dudi.known import KnownTop, check_known
 from dudi.meter import Meter
 from dudi.pairing import Pairing
 from dudi.rows import Reader, TeacherPrompts
@@ -81,17 +80,11 @@ class Lesson(NamedTuple):
 
 
 class Taught(NamedTuple):
-    hidden: Tensor | None  # (N, E)
-    head: LMHead | None
+    hidden: Tensor | TopKTeacher  # (N, E)
+    head: LMHead | None  # None where likeliest tokens are all that is known
     weight: Tensor | None  # (N,)
     gate: Tensor | None  # (M,) of the teacher's rows of y+
     shift: Tensor | None  # (T,) how far the verbalized prompt moves the plain one's hidden states
-    known: Known | None = None  # in place of hidden states and head
-
-    @property
-    def side(self) -> tuple[Any, LMHead | None]:
-        """As `linear_distill_loss` takes a teacher, where all of the rows are taught."""
-        return (self.hidden, self.head) if self.known is None else (self.known.top, None)
 
 
 def make_lesson(
@@ -192,8 +185,8 @@ def teach(
                 warnings.warn(f"{told} are left out: {next(iter(lost.values()))}", stacklevel=2)
         assert lesson.top is not None
         weight = None if lesson.weight is None else lesson.weight.to(device)
-        known = Known.of(lesson.top, lesson.student_rows, device)
-        return Taught(None, None, weight, None, None, known)
+        top = lesson.top if lesson.whole else lesson.top.spread(lesson.student_rows, rows)
+        return Taught(top.to(device), None, weight, None, None)
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
     hidden = response_hidden(teacher, seen, padding_free)

@@ -29,7 +29,6 @@ from dudi.config import WEIGHTS, DuDiConfig
 from dudi.continuing import ContinuingTrainer
 from dudi.data import DuDiCollator, prepare_dataset
 from dudi.known import KnownTeacher, KnownTop
-from dudi.known_signals import dudi_loss
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -74,7 +73,7 @@ from dudi.teaching import (
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_log_prob, sequence_log_prob
+from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -539,10 +538,11 @@ class DuDiTrainer(ContinuingTrainer):
             weight = _row_weight(
                 weight, packed.segment_ids % batch.responses.group == 0, batch.totals
             )
-        return dudi_loss(
+        return linear_dudi_loss(
             hidden,
             lm_head(module),
-            taught,
+            None if taught is None else taught.hidden,
+            None if taught is None else taught.head,
             packed.targets,
             packed.segment_ids,
             preference_loss=a.preference_loss,
