@@ -7,7 +7,7 @@ student's own. Both come from a cache (teacher_cache.py), the second also from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +45,11 @@ class KnownTeacher(nn.Module):
         self.config = SimpleNamespace(_name_or_path=tokenizer or "")
         self.vocab_size, self.what = vocab_size, what
 
+    @property
+    def identity(self) -> str:
+        """Another one's is another: what a run that goes on must agree with."""
+        raise NotImplementedError
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"{self.what} has no body to run: this needs a live teacher")
 
@@ -60,10 +65,18 @@ class KnownStates(KnownTeacher):
         raise NotImplementedError
 
 
+class Answers(NamedTuple):
+    """What is known of packed sequences."""
+
+    top: TopKTeacher  # of (N, k)
+    lost: Mapping[int, str]  # segments without a usable answer, and why
+
+
 class KnownTop(KnownTeacher):
     """A teacher whose likeliest tokens are known."""
 
-    def top(self, packed: Packed) -> TopKTeacher:  # of (N, k)
+    def top(self, packed: Packed) -> Answers:
+        """The rows of what is `lost` are any that are valid."""
         raise NotImplementedError
 
 
