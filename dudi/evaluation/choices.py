@@ -14,7 +14,7 @@ import torch
 from dudi.evaluation.calibration import binned
 from dudi.evaluation.encoding import Encoder
 from dudi.evaluation.items import Item
-from dudi.evaluation.scoring import Scorer, batches
+from dudi.evaluation.scoring import Scorer, batches, check_ids
 from dudi.evaluation.task import Task
 
 
@@ -29,6 +29,7 @@ def answer_choices(
     """Values of each item's row."""
     places = [(i, j) for i, item in enumerate(items) for j in range(len(item.choices))]
     rows = [_row(items[i], j, task, encoder) for i, j in places]
+    check_ids(scorer, rows, task.name)
     says = [torch.zeros(len(item.choices), dtype=torch.float64) for item in items]
     for part in batches(rows, batch_size, lambda done: None):
         for place, score in zip(part, scorer.score([rows[p] for p in part]), strict=True):

@@ -37,10 +37,13 @@ class Encoder:
         student = Reader(tokenizer, switches, max_prompt_length)
         return cls(student, other, max_completion_length)
 
-    def row(self, prompt: str, completion: str, *, chat: bool, ends: bool) -> dict[str, Any]:
-        """Also `text`, what the ids of the completion spell."""
-        example = _example(prompt, completion, chat and self.student.chats)
-        prompt_ids, whole = self._student(example)
+    def row(
+        self, prompt: str, completion: str, *, chat: bool, ends: bool, example: Any = None
+    ) -> dict[str, Any]:
+        """Also `text`, what the ids of the completion spell. `example`: a row as training reads
+        it, in place of prompt and completion."""
+        own = Example.of(example) if example else _example(prompt, completion, self._chats(chat))
+        prompt_ids, whole = self._student(own)
         if not ends:
             whole = whole[:-1]
         ids = whole[: self.max_completion_length]
@@ -49,12 +52,19 @@ class Encoder:
         text = completion
         if len(ids) < len(whole):
             text = self.student.tokenizer.decode(ids, skip_special_tokens=True)
+        plain = prompt_ids
+        if self.teacher is not None:
+            seen = own if example else _example(prompt, completion, chat and self.teacher.chats)
+            plain = self._teacher(self.teacher, seen)
         return {
             "prompt_ids": prompt_ids,
-            "plain_prompt_ids": self._teacher(prompt, completion, chat) or prompt_ids,
+            "plain_prompt_ids": plain,
             "completion_ids": ids,
             "text": text,
         }
+
+    def _chats(self, chat: bool) -> bool:
+        return chat and self.student.chats
 
     def _student(self, example: Example) -> tuple[list[int], list[int]]:
         if example.prompt_messages is None and not example.prompt:
@@ -63,16 +73,13 @@ class Encoder:
         prompt, completion = student_ids(self.student, example)
         return prompt.ids, completion
 
-    def _teacher(self, prompt: str, completion: str, chat: bool) -> list[int] | None:
-        if self.teacher is None:
-            return None
-        example = _example(prompt, completion, chat and self.teacher.chats)
+    def _teacher(self, reader: Reader, example: Example) -> list[int]:
         messages = example.prompt_messages
         if messages is not None:
-            return self.teacher.shortened(self.teacher.chat_prompt(messages), messages).ids
-        if not prompt:
-            return _begin(self.teacher)
-        return self.teacher.shortened(self.teacher.text_prompt(prompt), None).ids
+            return reader.shortened(reader.chat_prompt(messages), messages).ids
+        if not example.prompt:
+            return _begin(reader)
+        return reader.shortened(reader.text_prompt(example.prompt), None).ids
 
 
 def _example(prompt: str, completion: str, chat: bool) -> Example:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dudi.evaluation.sources import Absent, Fields, read_rows
 from dudi.evaluation.task import Rows, Task
 from dudi.evaluation.templates import evaluated, rendered
+from dudi.rows import Example, language_of
 from dudi.verbalize import LANGUAGE_NAMES, normalise
 
 ALL = "all"  # the label of rows without a language
@@ -30,6 +31,7 @@ class Item(NamedTuple):
     completion: str  # "" where there are choices
     choices: tuple[str, ...] = ()
     answer: int = 0
+    example: Fields | None = None  # a row as training reads it: its prompt may be a conversation
 
 
 def task_items(
@@ -62,7 +64,13 @@ def _place(task: Task, number: int, what: str) -> str:
 
 
 def _language(task: Task, number: int, fields: Fields) -> str:
-    code = rendered(_place(task, number, "language"), task.language, fields).strip()
+    if task.examples and not task.language:
+        try:
+            code = language_of(fields) or ""
+        except TypeError as error:
+            raise ValueError(_place(task, number, str(error))) from None
+    else:
+        code = rendered(_place(task, number, "language"), task.language, fields).strip()
     return normalise(code) or ALL
 
 
@@ -78,6 +86,8 @@ def _chosen(
 
 def _item(task: Task, number: int, fields: Fields, language: str) -> Item:
     known = {"language_name": LANGUAGE_NAMES.get(language, language)} | fields
+    if task.examples:
+        return _example(task, number, fields, language)
     prompt = rendered(_place(task, number, "prompt"), task.prompt, known)
     group = str(number)
     if task.group is not None:
@@ -89,6 +99,24 @@ def _item(task: Task, number: int, fields: Fields, language: str) -> Item:
         return Item(number, language, group, prompt, text)
     choices = _choices(task, number, known)
     return Item(number, language, group, prompt, "", choices, _answer(task, number, known, choices))
+
+
+def _example(task: Task, number: int, fields: Fields, language: str) -> Item:
+    names = ("prompt", "completion") if "completion" in fields else ("messages",)
+    if not set(names) <= fields.keys():
+        has = ", ".join(sorted(fields))
+        raise ValueError(
+            _place(task, number, f"must have prompt and completion, or messages; it has {has}")
+        )
+    row = {name: fields[name] for name in names}
+    try:
+        example = Example.of(row)
+    except (TypeError, ValueError) as error:
+        raise ValueError(_place(task, number, str(error))) from None
+    group = str(number)
+    if task.group is not None:
+        group = rendered(_place(task, number, "group"), task.group, fields)
+    return Item(number, language, group, example.prompt, example.completion, example=row)
 
 
 def _choices(task: Task, number: int, fields: Fields) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dudi.bridge import Bridge
+from dudi.known import KnownTop
 from dudi.sharding import run_inside
-from dudi.signals import Packed, lm_head, pack, response_hidden
+from dudi.signals import Packed, lm_head, pack, response_hidden, vocab_size
 from dudi.teaching import Responses, make_lesson, teach
 from dudi_kernels import likeliest_tokens, linear_distill_loss, linear_log_prob
 from dudi_kernels.plan import DEFAULT_BUDGET
@@ -107,6 +108,30 @@ class Scorer:
         confidence = top.log_probs[:, 0].exp().cpu().split(lengths)
         right = (top.ids[:, 0] == targets).cpu().split(lengths)
         return list(zip(confidence, right, strict=True))
+
+
+def check_vocabulary(
+    model: Any, teacher: Any, bridge: Bridge | None, largest: int, what: str
+) -> None:
+    """Raise ValueError for ids beyond the model's head, and for a teacher's head of another size
+    without a map."""
+    size = run_inside(model, lambda: vocab_size(model))
+    if largest >= size:
+        raise ValueError(
+            f"{what} must hold ids of the model's vocabulary of {size}, got {largest}: "
+            "its tokenizer belongs to another model"
+        )
+    mapped = bridge is not None and bridge.verbalizer is not None
+    if teacher is None or mapped or isinstance(teacher, KnownTop):
+        return
+    other = run_inside(teacher, lambda: vocab_size(teacher))
+    if other != size:
+        raise ValueError(f"teacher must share the model's vocabulary of {size}, got {other}")
+
+
+def check_ids(scorer: Scorer, rows: Sequence[dict[str, Any]], task: str) -> None:
+    largest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in rows)
+    check_vocabulary(scorer.model, scorer.teacher, scorer.bridge, largest, f"task {task}")
 
 
 def tensors(rows: Sequence[dict[str, Any]], name: str) -> list[Tensor]:

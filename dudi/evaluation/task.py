@@ -67,6 +67,7 @@ class Task(_Strict):
     language: str = ""  # template
     prompt: str = ""  # template; an empty prompt is the tokenizer's BOS, or EOS without one
     completion: str | None = None  # template
+    examples: bool = False  # rows are as `dudi train` reads them, in place of the templates
     choices: str | list[str] | None = None  # an expression that gives a list, or templates
     answer: str | None = None  # an expression: the index or the text of the right choice
     group: str | None = None  # template: rows that are resampled together
@@ -111,9 +112,11 @@ class Task(_Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> Task:
-        if (self.completion is None) == (self.choices is None):
-            got = "neither" if self.completion is None else "both"
-            raise ValueError(f"must have completion, or choices and answer, got {got}")
+        kinds = {"completion": self.completion, "choices": self.choices, "examples": self.examples}
+        given = [name for name, value in kinds.items() if value not in (None, False)]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"must have one of completion, choices and examples, got {got}")
         if (self.choices is None) != (self.answer is None):
             missing = "answer" if self.answer is None else "choices"
             raise ValueError(f"choices and answer go together, {missing} is missing")

@@ -15,7 +15,7 @@ from dudi.evaluation.choices import answer_choices
 from dudi.evaluation.encoding import Encoder
 from dudi.evaluation.items import ALL, Item, described, task_items
 from dudi.evaluation.result import Result, TaskResult, versions
-from dudi.evaluation.scoring import Score, Scorer, batches
+from dudi.evaluation.scoring import Score, Scorer, batches, check_ids
 from dudi.evaluation.sources import Absent
 from dudi.evaluation.task import Task, load_tasks
 from dudi.evaluation.writing import judges, write, written_values
@@ -182,6 +182,7 @@ def _evaluate(
         return result
     chosen = _first(items, run.generate_rows) if task.writes else []
     rows = _encoded(run.encoder, task, items)
+    check_ids(run.scorer, rows, task.name)
     _score(run, task, rows, result, start(0, len(items) + len(chosen)))
     tell = start(len(items), len(items) + len(chosen))
     _write(run, task, items, rows, chosen, result, tell)
@@ -196,7 +197,15 @@ def _encoded(encoder: Encoder, task: Task, items: Sequence[Item]) -> list[dict[s
     rows = []
     for item in items:
         try:
-            rows.append(encoder.row(item.prompt, item.completion, chat=task.chat, ends=task.ends))
+            rows.append(
+                encoder.row(
+                    item.prompt,
+                    item.completion,
+                    chat=task.chat,
+                    ends=task.ends,
+                    example=item.example,
+                )
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"task {task.name}, row {item.row}: {error}") from error
     return rows
