@@ -5,7 +5,8 @@ included), both models under the student's own prompt; no logits exist. A teache
 tokenizer reads prompt and reference in its own tokens; KL is then over the rows that both have.
 chrF (sacrebleu) compares greedy generations with the references. Sums are kept by language; a mean
 over languages gives each the same weight. Rows are batched by length: batch_size changes speed, not
-figures.
+figures. This is what trainer and demo need on the way, of a prepared dataset; `dudi.evaluation` has
+tasks, intervals and comparisons.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from dudi.bridge import Bridge
 from dudi.data import COLUMNS
+from dudi.evaluation.scoring import Scorer, batches, check_vocabulary, tensors
 from dudi.rollout import generate, inference_mode_of
 
 Progress = Callable[[int, int], None]

@@ -63,8 +63,11 @@ def run_evaluation(
     if dataset_name is not None:
         wanted.append(dataset_task(dataset_name, dataset_config, split))
     loaded = load_tasks(wanted)
-    own = (tokenizer_name_or_path, "tokenizer_name_or_path")
-    tokenizer = load_tokenizer(*(own if own[0] else (model_name_or_path, "model_name_or_path")))  # type: ignore[arg-type]
+    tokenizer = (
+        load_tokenizer(tokenizer_name_or_path, "tokenizer_name_or_path")
+        if tokenizer_name_or_path
+        else load_tokenizer(model_name_or_path, "model_name_or_path")
+    )
     model = _load(model_name_or_path, "model_name_or_path", model_init_kwargs)
     teacher, bridge = None, Bridge(tokenizer)
     if teacher_model_name_or_path:
