@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from dudi import cli
 from dudi.demo_data import translation_rows
 from dudi.evaluation import Task, TaskResult, evaluate_tasks, load_result, writing
 from dudi.evaluation.command import run_evaluation
+from dudi.evaluation.scoring import Scorer
 from dudi.rollout import Rollout
 
 LANGUAGES = ["en", "th"]
@@ -176,6 +178,19 @@ def test_quantised_bodies_and_adapters() -> None:
             expected["th"]["nll_per_char"], rel=1e-4
         )
         assert "kl_to_teacher" not in own.figures  # no teacher
+
+
+@torch.no_grad()
+def test_no_logits_in_memory() -> None:
+    """Whatever is asked for: no block of (N, V) numbers, by torch's own profiler."""
+    model, teacher, budget = tiny.model(0), tiny.model(1), 4_000_000
+    rows = [{name: [5] * 64 for name in ("prompt_ids", "plain_prompt_ids", "completion_ids")}] * 8
+    scorer = Scorer(model, 0, teacher, memory_budget=budget)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        scorer.score(rows, confidences=True)
+    assert run.profiler is not None
+    sizes = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 0 < max(sizes) < 512 * tiny.VOCAB * 4 / 8
 
 
 def questions(path: Path, **fields: Any) -> Path:
