@@ -137,7 +137,7 @@ def test_compare_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["compare", *runs]) == 2
     assert "different names, got 'model' twice" in capsys.readouterr().err
     page, found = tmp_path / "c.html", tmp_path / "c.json"
-    words = ["--names", "[base, mine]", "--page", str(page), "--json", str(found)]
+    words = ["--names", "base,mine", "--page", str(page), "--json", str(found)]
     assert cli.main(["compare", *runs, *words]) == 0
     told = capsys.readouterr().out
     assert "differences from base" in told and "udhr was skipped" in told

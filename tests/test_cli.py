@@ -68,8 +68,9 @@ def test_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, "dudi.evaluation.command.run_evaluation")
     words = ["--model-name-or-path", "m", "--dataset_name=d.jsonl", "--generate_rows", "8"]
-    assert cli.main(["evaluate", *words]) == 0
+    assert cli.main(["evaluate", *words, "--tasks", "udhr, a.yaml", "--languages=[th]"]) == 0
     ((_, kwargs),) = calls
+    assert (kwargs["tasks"], kwargs["languages"]) == (["udhr", "a.yaml"], ["th"])
     assert (kwargs["model_name_or_path"], kwargs["generate_rows"], kwargs["split"]) == (
         "m",
         8,

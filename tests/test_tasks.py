@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,17 @@ def test_conversations_are_read_as_training_reads_them(tmp_path: Path) -> None:
     one, other = task_items(load_task(written(tmp_path, task, rows)))
     assert (one.prompt, one.completion, one.language, other.language) == ("Hi", "Halo", "id", "all")
     assert isinstance(load_task(tmp_path / "task.yaml"), Task)
+
+
+def test_the_task_of_the_docs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    row = {"lang": "th", "question": "1 + 1?", "options": ["2", "3", "4", "5"], "index": 0}
+    path = written(tmp_path, source, [])
+    (tmp_path / "exam.jsonl").write_text(json.dumps(row | {"passage": "p"}) + "\n", "utf-8")
+    (item,) = task_items(load_task(path))
+    assert item.prompt.splitlines()[:2] == ["1 + 1?", "A. 2"]
+    assert (item.choices, item.answer, item.group) == (("A", "B", "C", "D"), 0, "p")
 
 
 TEXTS = {
