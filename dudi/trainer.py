@@ -58,6 +58,7 @@ from dudi.models import (
     load_tokenizer,
     refuse_adapter,
 )
+from dudi.quantization import is_quantized, prepared_student
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
@@ -158,6 +159,7 @@ class DuDiTrainer(Trainer):
         student = load_model(
             model, {"dtype": torch.float32, **(args.model_init_kwargs or {})}, "model"
         )
+        student = prepared_student(student, peft_config)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -221,7 +223,7 @@ class DuDiTrainer(Trainer):
         if teacher is not None:
             self.teacher = self.accelerator.prepare_model(
                 teacher,
-                device_placement=False if is_sharded(teacher) else None,
+                device_placement=False if is_sharded(teacher) or is_quantized(teacher) else None,
                 evaluation_mode=True,
             )
         self.sampling = Sampling(args, tokenizer, self.meter, args.process_index)
