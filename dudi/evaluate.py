@@ -74,12 +74,17 @@ def _tensors(rows: list[dict[str, Any]], name: str) -> list[Tensor]:
 
 
 def _row_scores(
-    model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
+    model: Any,
+    teacher: Any,
+    bridge: Bridge,
+    rows: list[dict[str, Any]],
+    pad: int,
+    padding_free: bool,
 ) -> Tensor:
     """(B, 3) summed NLL and KL of each row's reference, and over how many tokens the KL is."""
 
     def scores() -> Tensor:
-        return _scores_inside(model, teacher, bridge, rows, pad)
+        return _scores_inside(model, teacher, bridge, rows, pad, padding_free)
 
     if teacher is None or teacher is model:
         return run_inside(model, scores)
@@ -87,12 +92,17 @@ def _row_scores(
 
 
 def _scores_inside(
-    model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
+    model: Any,
+    teacher: Any,
+    bridge: Bridge,
+    rows: list[dict[str, Any]],
+    pad: int,
+    padding_free: bool,
 ) -> Tensor:
     device = next(model.parameters()).device
     texts = _tensors(rows, "completion_ids")
     packed = pack(_tensors(rows, "prompt_ids"), texts, pad).to(device)
-    hidden, head = response_hidden(model, packed), lm_head(model)
+    hidden, head = response_hidden(model, packed, padding_free), lm_head(model)
     taught = torch.ones(len(hidden), device=device)
     if teacher is None or teacher is model:
         nll = -linear_log_prob(hidden, head, packed.targets)
@@ -101,7 +111,7 @@ def _scores_inside(
         responses = Responses(texts, list(range(len(rows))), [2 * i for i in range(len(rows))])
         seen = _tensors(rows, "plain_prompt_ids")
         lesson = make_lesson(responses, (0,), seen, None, bridge.pairing, pad)
-        guide = teach(teacher, lesson, len(hidden), device)
+        guide = teach(teacher, lesson, len(hidden), device, padding_free=padding_free)
         values = linear_distill_loss(
             hidden,
             head,
@@ -130,12 +140,14 @@ def _likelihoods(
     tokenizer: Any,
     dataset: list[dict[str, Any]],
     batch_size: int,
+    padding_free: bool,
     tell: Callable[[int], None],
 ) -> dict[str, dict[str, float]]:
     """Figures by language; chrF is still unknown."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for rows in _batches(dataset, batch_size):
-        scores = _row_scores(model, teacher, bridge, rows, _pad(tokenizer)).tolist()
+        pad = _pad(tokenizer)
+        scores = _row_scores(model, teacher, bridge, rows, pad, padding_free).tolist()
         for row, (nll, kl, taught) in zip(rows, scores, strict=True):
             own = totals[row["language"] or ALL]
             own["rows"] += 1
@@ -281,6 +293,7 @@ def evaluate_model(
     generate: bool = True,
     generate_rows: int | None = None,
     max_completion_length: int = 128,
+    padding_free: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a causal LM on a prepared dataset (`dudi.data.prepare_dataset`).
@@ -302,6 +315,7 @@ def evaluate_model(
         generate: also write completions greedily and score them with chrF.
         generate_rows: the first rows of each language that are generated; None is all.
         max_completion_length: tokens of a generation.
+        padding_free: bodies read rows one after another, as in training (`response_hidden`).
         progress: called with rows done and rows to do, scored and generated ones together.
 
     Returns:
@@ -319,7 +333,9 @@ def evaluate_model(
     chosen = _first_rows(rows, generate_rows) if generate else []
     tell = _counter(len(rows) + len(chosen), progress)
     with inference_mode_of(model), inference_mode_of(model if teacher is None else teacher):
-        figures = _likelihoods(model, teacher, bridge, tokenizer, rows, batch_size, tell)
+        figures = _likelihoods(
+            model, teacher, bridge, tokenizer, rows, batch_size, padding_free, tell
+        )
         samples = _generations(model, tokenizer, chosen, batch_size, max_completion_length, tell)
     for language, score in _chrf(samples).items():
         figures[language]["chrf"] = score

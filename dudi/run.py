@@ -235,6 +235,7 @@ def evaluate_and_write(
         generate=script.eval_generate_rows != 0,
         generate_rows=script.eval_generate_rows,
         max_completion_length=config.max_completion_length,
+        padding_free=config.padding_free,
     )
     path = Path(config.output_dir) / "evaluation.json"
     if trainer.is_world_process_zero():

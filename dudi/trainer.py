@@ -696,6 +696,7 @@ class DuDiTrainer(Trainer):
             bridge=self.bridge,
             batch_size=self.args.per_device_eval_batch_size,
             generate=False,
+            padding_free=self.args.padding_free,
         )
         figures = {k: v for k, v in result.mean.items() if k.startswith(("nll", "kl")) and v == v}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
