@@ -59,6 +59,7 @@ def _settings(lm: Any, longest: int, at_once: int, seed: int | None) -> Continuo
         num_blocks=math.ceil(ROOM * at_once * math.ceil(longest / page)),
         max_requests_per_batch=at_once,
         auto_switch_to_flash=False,  # whoever loads a model chooses its attention
+        disable_nccl_graph_mixing=False,  # an environment variable: not ours to set
         seed=seed,
         **sizes,
     )
