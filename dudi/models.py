@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dudi.config import json_safe
 from dudi.known import KnownTeacher
-from dudi.quantization import with_quantization
+from dudi.quantization import never_repacked, with_quantization
 from dudi_kernels import LMHead
 
 
@@ -28,10 +28,10 @@ def load_model(
     Raises ValueError, naming `argument`, for what is not there or can't be loaded.
     """
     if not isinstance(model, str):
-        return model
+        return never_repacked(model)
     kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
     kwargs = with_quantization(kwargs, argument)
-    return _load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs)
+    return never_repacked(_load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs))
 
 
 def load_model_config(name: str, init_kwargs: dict[str, Any], argument: str) -> Any:

@@ -51,7 +51,7 @@ def draw_paged(
 
 
 def _settings(lm: Any, longest: int, at_once: int, seed: int | None) -> ContinuousBatchingConfig:
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     if "flash" not in lm.config._attn_implementation:  # a mask of tokens by tokens is kept
         sizes = {"page_size": SHORT_PAGE, "max_batch_tokens": max(FEWEST_TOKENS, at_once)}
     page = sizes.get("page_size", ContinuousBatchingConfig().page_size)

@@ -54,6 +54,15 @@ def is_quantized(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def never_repacked(model: Any) -> Any:
+    """The model, which bitsandbytes will not repack when it is first read without gradients: on a
+    CPU no gradient passes from then on, and rows must be a multiple of 64 wide."""
+    for module in model.modules() if is_quantized(model) else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def prepared_student(model: Any, adapter: Any) -> Any:
     """The student as its adapter finds it: quantized, it is frozen and all else of it in float32
     (peft's `prepare_model_for_kbit_training`; checkpointing is the Trainer's affair)."""
@@ -66,7 +75,4 @@ def prepared_student(model: Any, adapter: Any) -> Any:
         )
     from peft import prepare_model_for_kbit_training
 
-    for module in model.modules():  # bitsandbytes repacks for inference what evaluation or sampling
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # has read, and no gradient passes then
-            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -127,6 +127,14 @@ def test_a_resumed_run_draws_the_same(tmp_path: Path, cache: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("cache", ["static", "paged"])
+def test_activations_may_be_made_twice(tmp_path: Path, cache: str) -> None:
+    for twice in (False, True):
+        settings = {"activation_checkpointing": twice, "rollout_cache": cache, "max_steps": 2}
+        make(tmp_path / str(twice), **settings).train()
+    assert tiny.logged(tmp_path / "False") == tiny.logged(tmp_path / "True")
+
+
 def test_what_a_paged_cache_gives_processors() -> None:
     """Each option that it takes is made of logits alone; the tokens before are not there."""
     from dudi.config import PAGED_OPTIONS
@@ -137,9 +145,7 @@ def test_what_a_paged_cache_gives_processors() -> None:
         config = GenerationConfig(do_sample=True, **{name: values.get(name, 0.3)})
         processors = tiny.model(0)._get_logits_processor(config)
         assert processors, name
-        one, other = (
-            processors(torch.randint(2, 300, (4, n)), logits.clone()) for n in (1, 9)
-        )
+        one, other = (processors(torch.randint(2, 300, (4, n)), logits.clone()) for n in (1, 9))
         assert torch.equal(one, other), name
 
 

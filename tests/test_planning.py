@@ -369,7 +369,7 @@ def test_quantized_weights(tmp_path: Path, bits: int) -> None:
     with pytest.raises(ValueError, match="can't be trained but through an adapter"):
         planned(qlora | {"use_peft": False})
     odd = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(ValueError, match="load_in_8bit and load_in_4bit alone|can't be used"):
+    with pytest.raises(ValueError, match="load_in_8bit and load_in_4bit alone"):
         planned(taught(tmp_path, teacher_model_init_kwargs=odd))
 
 

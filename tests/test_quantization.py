@@ -92,7 +92,9 @@ def test_qlora_trains_resumes_and_is_evaluated(
         assert "lora" in name or torch.equal(value, frozen[name])
     again = make(tmp_path / "again", folders, lora(), **settings)
     again.train(str(tmp_path / "whole" / "checkpoint-1"))
-    make(tmp_path / "made twice", folders, lora(), activation_checkpointing=True, **settings).train()
+    make(
+        tmp_path / "made twice", folders, lora(), activation_checkpointing=True, **settings
+    ).train()
     runs = {name: tiny.logged(tmp_path / name) for name in ("whole", "again", "made twice")}
     assert runs["again"] == runs["whole"][1:] and runs["made twice"] == runs["whole"]
     assert runs["whole"][1]["rewards/margins"] != 0
@@ -120,7 +122,7 @@ def evaluates_and_merges(folder: Path, student: str, adapter: Path) -> None:
 
 
 def test_what_is_wrong_is_named(tmp_path: Path, folders: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="the student is quantized.*set use_peft"):
+    with pytest.raises(ValueError, match=r"the student is quantized.*set use_peft"):
         make(tmp_path, folders, model_init_kwargs=quantized("4 bits"))
     skipping = {"quantization_config": NF4 | {"llm_int8_skip_modules": ["embed_tokens"]}}
     with pytest.raises(TypeError, match="the head of LlamaForCausalLM must not be quantized"):

@@ -142,10 +142,12 @@ def test_without_padding_the_losses_are_the_same(tmp_path: Path, monkeypatch: An
     """Of student, teacher and reference, and those of an evaluation."""
     figures, seen = [], set()
     own = LlamaModel.forward
-    monkeypatch.setattr(
-        LlamaModel, "forward",
-        lambda *a, **k: (seen.add(k.get("attention_mask") is None), own(*a, **k))[1],
-    )  # fmt: skip
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.add(kwargs.get("attention_mask") is None)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
     for free in (False, True):
         trainer = make(tmp_path / str(free), padding_free=free)
         trainer.train()
