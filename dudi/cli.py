@@ -319,8 +319,8 @@ TRAIN_GROUPS = {
     ),
     "Sampling": (
         "num_generations", "rollout_temperature", "top_p", "top_k", "stop_strings",
-        "generation_kwargs", "rollout_steps", "rollout_importance", "rollout_batch_size", "rollout_cache",
-        "log_completions", "num_completions_to_print",
+        "generation_kwargs", "rollout_steps", "rollout_importance", "rollout_batch_size",
+        "rollout_cache", "log_completions", "num_completions_to_print",
     ),
     "Adapter": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "Optimisation": (
