@@ -489,7 +489,7 @@ TRAIN_GROUPS = {
     "Sampling": (
         "num_generations", "rollout_temperature", "top_p", "top_k", "stop_strings",
         "generation_kwargs", "rollout_steps", "rollout_importance", "rollout_batch_size",
-        "log_completions", "num_completions_to_print",
+        "rollout_cache", "log_completions", "num_completions_to_print",
     ),
     "Adapter": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "Optimisation": (

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
@@ -39,6 +40,12 @@ GENERATION_OPTIONS = (
     "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "suppress_tokens",
     "begin_suppress_tokens", "renormalize_logits", "cache_implementation",
 )  # fmt: skip
+# Those that need no more than a token's logits: what a paged cache gives them.
+PAGED_OPTIONS = (
+    "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "suppress_tokens",
+    "renormalize_logits",
+)  # fmt: skip
+ROLLOUT_CACHES = ("dynamic", "static", "paged")
 OVERLONG = ("truncate", "drop")
 BAD_ROWS = ("error", "skip")
 LEXICON_KINDS = ("lexicon", "concepts")
@@ -203,6 +210,12 @@ class DuDiConfig(TrainingArguments):
     rollout_batch_size: int | None = _field(
         None, "Sequences that are drawn together; by default those of a micro-batch."
     )
+    rollout_cache: str = _field(
+        "dynamic",
+        "Where keys and values lie in sampling: dynamic (it grows), static (its full length from "
+        "the start: compiled on a GPU), paged (continuous batching: whoever ends makes room for "
+        "the next; rollout_batch_size is how many are under way together).",
+    )
     rollout_temperature: float = _field(1.0, "Temperature the samples y- are drawn at.")
     top_p: float = _field(1.0, "Nucleus sampling: smallest set of tokens of this mass, in (0, 1].")
     top_k: int = _field(0, "Sample among the k likeliest tokens; 0 is all of them.")
@@ -356,6 +369,11 @@ class DuDiConfig(TrainingArguments):
         return self.bad_rows == "skip"
 
     @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What GEMMs are rounded to; None: the weights' own."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    @property
     def weighs_rollouts(self) -> bool:
         """Whether log-probabilities are kept of the policy that drew a sample."""
         return self.rollout_importance and self.rollout_steps > 1 and self.on_policy_weight > 0
@@ -438,6 +456,7 @@ class DuDiConfig(TrainingArguments):
             _one_of("reference_dtype", self.reference_dtype, REFERENCE_DTYPES)
         for option in self.generation_kwargs or {}:
             _one_of("generation_kwargs", option, GENERATION_OPTIONS)
+        self._check_rollout_cache()
         if self.stop_strings is not None and not all(self.stop_strings):
             raise ValueError(f"stop_strings must not be empty, got {self.stop_strings!r}")
         _one_of("overlong", self.overlong, OVERLONG)
@@ -447,6 +466,21 @@ class DuDiConfig(TrainingArguments):
         for name in ("off_policy_divergence", "on_policy_divergence"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), DIVERGENCES)
+
+    def _check_rollout_cache(self) -> None:
+        _one_of("rollout_cache", self.rollout_cache, ROLLOUT_CACHES)
+        given = self.generation_kwargs or {}
+        if self.rollout_cache != "dynamic" and "cache_implementation" in given:
+            raise ValueError(
+                "generation_kwargs must not have cache_implementation with rollout_cache="
+                f"{self.rollout_cache!r}: give one of them"
+            )
+        for option in given:
+            if self.rollout_cache == "paged" and option not in PAGED_OPTIONS:
+                raise ValueError(
+                    f"generation_kwargs must not have {option} with rollout_cache='paged', which "
+                    f"takes {', '.join(PAGED_OPTIONS)}: others need what was written before"
+                )
 
     def _check_signals(self) -> None:
         if not any(getattr(self, name) > 0 for name in WEIGHTS):

@@ -200,6 +200,7 @@ def evaluate_model(
     generate: bool = True,
     generate_rows: int | None = None,
     max_completion_length: int = 128,
+    padding_free: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a causal LM on a prepared dataset (`dudi.data.prepare_dataset`).
@@ -221,6 +222,7 @@ def evaluate_model(
         generate: also write completions greedily and score them with chrF.
         generate_rows: the first rows of each language that are generated; None is all.
         max_completion_length: tokens of a generation.
+        padding_free: bodies read rows one after another, as in training (`response_hidden`).
         progress: called with rows done and rows to do, scored and generated ones together.
 
     Returns:
@@ -238,7 +240,7 @@ def evaluate_model(
     chosen = _first_rows(rows, generate_rows) if generate else []
     tell = _counter(len(rows) + len(chosen), progress)
     with inference_mode_of(model), inference_mode_of(model if teacher is None else teacher):
-        scorer = Scorer(model, _pad(tokenizer), teacher, bridge)
+        scorer = Scorer(model, _pad(tokenizer), teacher, bridge, padding_free=padding_free)
         figures = _likelihoods(scorer, tokenizer, rows, batch_size, tell)
         samples = _generations(model, tokenizer, chosen, batch_size, max_completion_length, tell)
     for language, score in _chrf(samples).items():

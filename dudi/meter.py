@@ -16,11 +16,12 @@ from torch import Tensor
 class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # name -> (2,) float64 on the CPU: sum, count
+        self.counting = True  # otherwise names alone are taken down, which ranks have in common
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
         """Add `count` observations of which the sum is `total`."""
         value = float(total.detach()) if isinstance(total, Tensor) else float(total)
-        entry = torch.tensor([value, float(count)], dtype=torch.float64)
+        entry = torch.tensor([value, float(count)], dtype=torch.float64) * self.counting
         self.sums[name] = self.sums[name] + entry if name in self.sums else entry
 
     def reduced(self, accelerator: Any) -> dict[str, Tensor]:

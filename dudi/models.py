@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dudi.config import json_safe
 from dudi.known import KnownTeacher
+from dudi.quantization import never_repacked, with_quantization
 from dudi_kernels import LMHead
 
 
@@ -27,9 +28,10 @@ def load_model(
     Raises ValueError, naming `argument`, for what is not there or can't be loaded.
     """
     if not isinstance(model, str):
-        return model
+        return never_repacked(model)
     kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
-    return _load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs)
+    kwargs = with_quantization(kwargs, argument)
+    return never_repacked(_load(AutoModelForCausalLM.from_pretrained, model, argument, kwargs))
 
 
 def load_model_config(name: str, init_kwargs: dict[str, Any], argument: str) -> Any:
@@ -50,7 +52,7 @@ def _load(loader: Any, name: str, argument: str, kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"{argument} {name!r} does not exist")
     try:
         return loader(str(path) if path.is_dir() else name, **kwargs)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         place = "" if path.exists() else "is neither a folder here nor a Hub id that "
         raise ValueError(f"{argument} {name!r} {place}can't be loaded: {error}") from error
 

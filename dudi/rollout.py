@@ -1,8 +1,9 @@
 """Samples from a model: token ids in, token ids out, nothing decoded on the way.
 
-Prompts are left-padded for `generate` (KV cache); each completion keeps its eos, what follows it
-is cut, and how it ended is told. A seed makes the draw independent of the global random state, so
-a resumed run draws what an uninterrupted one would have drawn.
+Prompts are left-padded for `generate`, whose keys and values lie in a cache that grows or has its
+full length from the start, or are batched continuously (paged.py). Each completion keeps its eos,
+what follows it is cut, and how it ended is told. A seed makes the draw independent of the global
+random state, so a resumed run draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from dudi.sharding import gathered
+from dudi.paged import draw_paged
+from dudi.sharding import gathered, is_sharded
+from dudi.signals import causal_lm
 
 FINISH_REASONS = ("eos", "length", "stop")
+STATIC_STEP = 128  # a static cache's length is a multiple: compiled for few of them
 
 
 class Rollout(NamedTuple):
@@ -35,12 +39,14 @@ class Finite(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         bad = ~torch.isfinite(scores.amax(-1, keepdim=True))  # the maximum carries NaN
-        self.bad = bad if self.bad is None else self.bad | bad
+        if self.bad is None:
+            self.bad = torch.zeros((), dtype=torch.bool, device=scores.device)
+        self.bad |= bad.any()  # in place: a CUDA graph repeats it
         return scores.masked_fill(bad, 0.0)
 
     @property
     def finite(self) -> bool:
-        return self.bad is None or not bool(self.bad.any())
+        return self.bad is None or not bool(self.bad)
 
 
 def left_pad(prompts: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -76,6 +82,25 @@ def inference_mode_of(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def rounded(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, float32 weights have another type; None leaves them.
+
+    Under autocast keys come in one type and values in another, which a cache that is made
+    beforehand does not take.
+    """
+    own: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for weight in model.parameters() if dtype is not None else ():
+            if weight.dtype == torch.float32:
+                own.append((weight, weight.data))
+                weight.data = weight.data.to(dtype)
+        yield
+    finally:
+        for weight, value in own:
+            weight.data = value
 
 
 def cut_at_eos(tokens: Tensor, eos: set[int]) -> tuple[Tensor, str]:
@@ -116,10 +141,12 @@ def generate(
     stop_strings: Sequence[str] | None = None,  # a completion ends with the first of them, too
     tokenizer: Any = None,  # where there are any
     options: Mapping[str, Any] | None = None,  # more of transformers.GenerationConfig
+    cache: str = "dynamic",  # or static, paged
+    at_once: int | None = None,  # sequences under way together in a paged cache; None: all
+    autocast: torch.dtype | None = None,  # of the model's forward
 ) -> Rollout:
     """Draw one completion for each prompt from `model` (a transformers causal LM or PEFT model)."""
     device = next(model.parameters()).device
-    ids, mask = left_pad(prompts, pad_token_id)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -130,20 +157,18 @@ def generate(
         use_cache=True,
         **{**sampling, **(options or {})},
     )
-    stops = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
     check = Finite()
-    with inference_mode_of(model), seeded(seed, device), gathered(model):
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([check]),
-            synced_gpus=False,  # all weights are here
-            **stops,
-        )
+    own = None if cache == "dynamic" else autocast
+    with inference_mode_of(model), seeded(seed, device), gathered(model), rounded(model, own):
+        if cache == "paged":
+            rows = draw_paged(model, prompts, config, check, seed, at_once)
+        else:
+            stops = {"stop_strings": list(stop_strings or ()), "tokenizer": tokenizer}
+            more = stops if stop_strings else {}
+            rows = _draw_padded(model, prompts, config, check, cache == "static", more)
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     completions, reasons = [], []
-    for row in output[:, ids.shape[1] :].cpu():
+    for row in rows:
         completion, reason = cut_at_eos(row, eos)
         stopped = cut_at_stop(completion, stop_strings, tokenizer) if stop_strings else None
         if stopped is not None:
@@ -151,3 +176,31 @@ def generate(
         completions.append(completion)
         reasons.append(reason)
     return Rollout(completions, reasons, check.finite)
+
+
+def _draw_padded(
+    model: Any,
+    prompts: Sequence[Tensor],
+    config: GenerationConfig,
+    check: Finite,
+    static: bool,
+    more: dict[str, Any],
+) -> list[Tensor]:
+    """New tokens of each prompt, on the CPU, with whatever follows an eos."""
+    device = next(model.parameters()).device
+    ids, mask = left_pad(prompts, int(config.pad_token_id))
+    if static:
+        length = ids.shape[1] + int(config.max_new_tokens or 0)
+        text_config = causal_lm(model).config.get_text_config(decoder=True)
+        rounded = -(-length // STATIC_STEP) * STATIC_STEP
+        more = more | {"past_key_values": StaticCache(text_config, max_cache_len=rounded)}
+        config.disable_compile = is_sharded(model)  # its weights move with each call
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([check]),
+        synced_gpus=False,  # all weights are here
+        **more,
+    )
+    return list(output[:, ids.shape[1] :].cpu())

@@ -8,6 +8,7 @@ there is a test set), model/ and report.html.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -204,6 +205,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit product
     for module in ("transformers", "peft"):  # of libraries to each other
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
@@ -233,6 +235,7 @@ def evaluate_and_write(
         generate=script.eval_generate_rows != 0,
         generate_rows=script.eval_generate_rows,
         max_completion_length=config.max_completion_length,
+        padding_free=config.padding_free,
     )
     path = Path(config.output_dir) / "evaluation.json"
     if trainer.is_world_process_zero():

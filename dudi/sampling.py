@@ -81,6 +81,8 @@ class Sampling:
     def _draw(self, model: nn.Module, flat: Sequence[Batch], step: int) -> list[Rollout]:
         """For each micro-batch; so many sequences at a time as the config says."""
         each, size = self.args.num_generations, self.args.rollout_batch_size
+        if self.args.rollout_cache == "paged":  # all in one call, which has the size
+            size = len(flat) * each * max(len(batch["row"]) for batch in flat)
         prompts = [[p for p in unpad(batch, "prompt") for _ in range(each)] for batch in flat]
         first = step * self.args.gradient_accumulation_steps
         started = time.monotonic()
@@ -139,6 +141,9 @@ class Sampling:
             "stop_strings": self.args.stop_strings,
             "tokenizer": self.tokenizer,
             "options": self.args.generation_kwargs,
+            "cache": self.args.rollout_cache,
+            "at_once": self.args.rollout_batch_size,
+            "autocast": self.args.autocast_dtype,
         }
 
     def _measure(self, rollouts: Sequence[Rollout], seconds: float) -> None:

@@ -39,6 +39,7 @@ from dudi.models import (
     load_tokenizer,
     refuse_adapter,
 )
+from dudi.quantization import is_quantized, prepared_student
 from dudi.quarantine import Quarantine, Record
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
@@ -89,6 +90,7 @@ class MicroBatch:
     counts: Tensor  # (5,) rows of y+, rows of y-, pairs; rows of y+ and of y- that are taught
     totals: Tensor  # (5,) the same over the global batch
     lost: list[Record]  # responses without a usable answer of the teacher's
+    void: bool = False  # nothing of it counts: this rank has no row in the last batch of an epoch
 
 
 class DuDiTrainer(ContinuingTrainer):
@@ -138,6 +140,7 @@ class DuDiTrainer(ContinuingTrainer):
         student = load_model(
             model, {"dtype": torch.float32, **(args.model_init_kwargs or {})}, "model"
         )
+        student = prepared_student(student, peft_config)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -202,7 +205,7 @@ class DuDiTrainer(ContinuingTrainer):
         if teacher is not None:
             self.teacher = self.accelerator.prepare_model(
                 teacher,
-                device_placement=False if is_sharded(teacher) else None,
+                device_placement=False if is_sharded(teacher) or is_quantized(teacher) else None,
                 evaluation_mode=True,
             )
         self.sampling = Sampling(args, tokenizer, self.meter, args.process_index)
@@ -339,12 +342,26 @@ class DuDiTrainer(ContinuingTrainer):
             if not batches:
                 break
             steps.append([{name: t.cpu() for name, t in batch.items()} for batch in batches])
+            self._leave_out_repeats(steps[-1])
         model = self.accelerator.unwrap_model(self.model)
         finite = self.sampling.fill(model, steps, step, self._score)
         if self.args.needs_samples and steps:
             rows = [row for own in steps for batch in own for row in batch["row"].tolist()]
             what = "the student's logits are not finite in sampling"
             self._require_finite(finite, what, rows)
+
+    def _leave_out_repeats(self, batches: list[Batch]) -> None:
+        """Of the last batch of an epoch, which accelerate fills up with rows of the first, keep
+        what one process would have read; a rank that has nothing of it keeps a row that is void."""
+        ranks = self.accelerator.num_processes
+        if ranks == 1 or not self.accelerator.gradient_state.end_of_dataloader:
+            return
+        each = self.args.per_device_train_batch_size
+        left = len(self.train_dataset) % (each * ranks)
+        own = left - each * self.accelerator.process_index
+        if left and own < each:
+            batches[-1] = {name: t[: max(own, 1)] for name, t in batches[-1].items()}
+            batches[-1]["void"] = torch.tensor(own <= 0)
 
     def _micro_batch(self, batch: Batch, drawn: Drawn | None) -> MicroBatch:
         prompts, rows = unpad(batch, "prompt"), batch["row"].tolist()
@@ -373,6 +390,9 @@ class DuDiTrainer(ContinuingTrainer):
             sum(len(packed.ids[i]) for i in packed.sides([side])) for side in (0, 1)
         )
         counts = torch.tensor([rows_given, rows_drawn, len(prompts) * each, *taught])
+        void = "void" in batch and bool(batch["void"])
+        if void:
+            counts = torch.zeros_like(counts)
         return MicroBatch(
             student=student,
             lesson=lesson,
@@ -383,6 +403,7 @@ class DuDiTrainer(ContinuingTrainer):
             counts=counts,
             totals=counts,
             lost=lost,
+            void=void,
         )
 
     def _answered(
@@ -449,6 +470,7 @@ class DuDiTrainer(ContinuingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch: MicroBatch = inputs["batch"]
+        self.meter.counting = not batch.void
         device = self.accelerator.device
         student = batch.student.to(device)
         with self.accelerator.autocast():
@@ -464,7 +486,8 @@ class DuDiTrainer(ContinuingTrainer):
         finite = bool(torch.isfinite(output.loss))
         self._require_finite(finite, f"the loss is {output.loss.item()}", batch.rows)
         self._record(output, student, batch)
-        loss = output.loss * self.accelerator.num_processes  # DDP and FSDP average over ranks
+        # DDP and FSDP average over ranks; a void batch has gradients too, and they are 0
+        loss = output.loss * (0 if batch.void else self.accelerator.num_processes)
         return (loss, output) if return_outputs else loss
 
     def _taught(self, batch: MicroBatch, rows: int, device: torch.device) -> Taught | None:
@@ -593,15 +616,17 @@ class DuDiTrainer(ContinuingTrainer):
             "preference_loss": (a.preference_weight, output.preference_loss),
             "ce_loss": (a.ce_weight, output.ce_loss),
         }
+        self.meter.counting = True
         for name, (weight, value) in parts.items():
-            if weight > 0:
-                add(name, value, share)  # parts sum over micro-batches and ranks
+            if weight > 0:  # parts sum over micro-batches and ranks
+                add(name, 0.0 if batch.void else value, share)
+        self.meter.counting = not batch.void
         add("entropy", output.entropy.sum(), len(output.entropy))
         if batch.lesson is not None:
             self.teaching.record(output.teacher_entropy, batch.lesson, packed)
         if a.gradient_tolerance > 0:
             add("skipped_logits", output.skipped * len(output.entropy), len(output.entropy))
-        self._count_tokens(batch.student)
+        self._count_tokens(0 if batch.void else batch.student.num_tokens)
         group = batch.responses.group
         by_prompt = output.log_probs.view(-1, group)
         chosen, rejected = by_prompt[:, 0], by_prompt[:, 1:]
@@ -624,9 +649,10 @@ class DuDiTrainer(ContinuingTrainer):
             add("rewards/rejected", rewards[:, 1:].sum(), margins.numel())
             add("rewards/margins", margins.sum(), margins.numel())
             add("rewards/accuracies", (margins > 0).float().sum(), margins.numel())
+        self.meter.counting = True
 
-    def _count_tokens(self, packed: Packed) -> None:
-        tokens = torch.tensor(packed.num_tokens)
+    def _count_tokens(self, count: int) -> None:
+        tokens = torch.tensor(count)
         if self.accelerator.num_processes > 1:
             tokens = self.accelerator.reduce(tokens.to(self.args.device), "sum")
         self.state.num_input_tokens_seen += int(tokens)
@@ -676,6 +702,7 @@ class DuDiTrainer(ContinuingTrainer):
             bridge=self.bridge,
             batch_size=self.args.per_device_eval_batch_size,
             generate=False,
+            padding_free=self.args.padding_free,
         )
         figures = {k: v for k, v in result.mean.items() if k.startswith(("nll", "kl")) and v == v}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}

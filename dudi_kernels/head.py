@@ -274,6 +274,7 @@ class LMHead:
             raise ValueError(f"model must have output embeddings, got {name} without any")
         module, lora = _adapted(module, name)
         weight = getattr(module, "weight", None)
+        _refuse_quantized(weight, name)
         if not isinstance(weight, Tensor):
             kind = type(module).__name__
             raise ValueError(f"the head of {name} must be a linear layer, got {kind}")
@@ -346,6 +347,15 @@ def _check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a plain tensor, got {kind}: such heads are not supported")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+
+
+def _refuse_quantized(weight: Any, name: str) -> None:
+    kind = type(weight).__name__
+    if isinstance(weight, Tensor) and kind not in TENSORS and not is_distributed(weight):
+        raise TypeError(
+            f"the head of {name} must not be quantized, got a weight of {kind}: leave it out "
+            "(bitsandbytes: llm_int8_skip_modules: [lm_head])"
+        )
 
 
 def _causal_lm(model: Any) -> Any:

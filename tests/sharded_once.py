@@ -22,13 +22,19 @@ from dudi.sharding import local, make_mesh, shard
 from dudi.trainer import DuDiTrainer
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
-ROWS, BATCH = 20, 4  # five micro-batches: steps of two and a last one of one
+BATCH = 4
+# Five micro-batches: steps of two and a last one of one. With 17 rows one rank has the last row of
+# it, others none; with 19 one of two has a row less.
+ROWS = {"ddp": 17, "ddp of four": 18, "all four": 17, "replicas": 19, "adapter": 19}
 VOCAB = tiny.VOCAB + 3  # parts of unequal size
 CASES: dict[str, dict[str, Any]] = {
     "tied": {"reference": "lagged", "reference_sync_steps": 2, "max_grad_norm": 0.05},
     "untied": {"gradient_checkpointing": True, "per_device_train_batch_size": 20 // RANKS},
     "adapter": {"beta": 0.5},
     "replicas": {"fsdp_size": 2 if RANKS > 1 else "auto"},
+    "all four": {"reference": "teacher"},
+    "ddp": {"fsdp_size": None, "rollout_cache": "paged"},
+    "ddp of four": {"fsdp_size": None, "reference": "lagged"},
     "parts": {
         "optim": "adamw_torch_fused",
         "bf16": True,  # no forward without gradients may spoil the next one with them
@@ -64,7 +70,7 @@ def trainer(folder: Path, case: str) -> DuDiTrainer:
         model(0, case),
         model(1, case, width=48),
         args=tiny.config(folder, **(settings | CASES[case])),
-        train_dataset=tiny.rows(ROWS),
+        train_dataset=tiny.rows(ROWS.get(case, 20)),
         eval_dataset=tiny.rows(6, "test"),
         processing_class=tiny.tokenizer(),
         peft_config=adapter,
@@ -107,18 +113,21 @@ def each_rank_writes_as_long_as_it_likes(run: DuDiTrainer) -> None:
     """A rank that has finished does not wait for one that has not, nor the other way round."""
     whole = model(0, "parts").to(torch.bfloat16)
     whole.load_state_dict({n: t.full_tensor() for n, t in run.model.state_dict().items()})
-    ours, theirs = (
-        generate(
-            own,
-            [torch.arange(5, 9), torch.arange(30, 36)],
-            max_completion_length=3 + 4 * dist.get_rank(),
-            eos_token_id=1,
-            pad_token_id=0,
-            temperature=0.0,
-        ).completions
-        for own in (run.model, whole)
-    )
-    assert [c.tolist() for c in ours] == [c.tolist() for c in theirs]
+    for cache in ("dynamic", "static", "paged"):
+        ours, theirs = (
+            generate(
+                own,
+                [torch.arange(5, 9), torch.arange(30, 36)],
+                max_completion_length=3 + 4 * dist.get_rank(),
+                eos_token_id=1,
+                pad_token_id=0,
+                temperature=0.0,
+                cache=cache,
+                autocast=torch.bfloat16,
+            ).completions
+            for own in (run.model, whole)
+        )
+        assert [c.tolist() for c in ours] == [c.tolist() for c in theirs], cache
 
 
 def models_that_differ() -> None:

@@ -351,3 +351,35 @@ def test_mistakes_are_told_in_one_line(
     told = " ".join(capsys.readouterr().err.split())
     assert told.startswith("error: ") and message in told
     assert not file.exists()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights(tmp_path: Path, bits: int) -> None:
+    """A body in its bytes, teacher's or student's; an adapter is all that has gradients."""
+    small = {"quantization_config": {f"load_in_{bits}bit": True}}
+    whole, taught_by = (
+        planned(taught(tmp_path, teacher_model_init_kwargs=kwargs)) for kwargs in (None, small)
+    )
+    scales = LAYERS * (BLOCK // 64 if bits == 4 else 5 * 384 + 2 * 1024) * 4  # fp32
+    before, after = (plan.peak.parts["teacher weights"] for plan in (whole, taught_by))
+    assert before - after == LAYERS * BLOCK * 4 - LAYERS * BLOCK * bits // 8 - scales
+    assert whole.parameters == taught_by.parameters
+    qlora = taught(tmp_path, model_init_kwargs=small, use_peft=True)
+    plan, unquantized = planned(qlora), planned(qlora | {"model_init_kwargs": None})
+    assert plan.parameters == unquantized.parameters
+    assert plan.peak.bytes < unquantized.peak.bytes
+    with pytest.raises(ValueError, match="can't be trained but through an adapter"):
+        planned(qlora | {"use_peft": False})
+    odd = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(ValueError, match="load_in_8bit and load_in_4bit alone"):
+        planned(taught(tmp_path, teacher_model_init_kwargs=odd))
+
+
+def test_sampling_with_rounded_weights(tmp_path: Path) -> None:
+    """A static cache takes no two types: under autocast the weights are rounded meanwhile."""
+    peaks = [
+        next(p for p in planned(taught(tmp_path, bf16=True, rollout_cache=c)).phases
+             if p.name == "sampling").bytes
+        for c in ("dynamic", "static")
+    ]  # fmt: skip
+    assert peaks[1] - peaks[0] == 2 * TRAINED

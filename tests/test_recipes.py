@@ -43,6 +43,7 @@ MADE_FOR = {
     "dudi-gemma-3-1b-from-qwen3-8b": (1, 80),
     "dudi-gemma-3-270m-from-4b": (1, 24),
     "dudi-llama-3.2-1b-from-3b-lora": (1, 24),
+    "dudi-llama-3.2-1b-from-3b-qlora": (1, 12),
     "dudi-qwen2.5-0.5b-from-3b": (1, 24),
     "dudi-qwen2.5-0.5b-from-sea-lion-8b": (1, 80),
     "dudi-qwen2.5-1.5b-from-14b-8gpu": (8, 80),

@@ -18,7 +18,8 @@ from dudi.trainer import DuDiTrainer
 
 SCRIPT = str(Path(__file__).with_name("sharded_once.py"))
 FOUR = (*LAUNCHER[:-1], "--nproc_per_node=4")
-RANKS = {"tied": "two", "untied": "two", "adapter": "two", "replicas": "four"}
+RANKS = {"tied": "two", "untied": "two", "adapter": "two", "ddp": "two"}
+RANKS |= {"replicas": "four", "all four": "four", "ddp of four": "four"}
 LOSSES = ("loss", "off_policy_loss", "on_policy_loss", "preference_loss", "ce_loss")
 
 
@@ -34,7 +35,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", RANKS)
 def test_sharded_equals_one_process(runs: Path, case: str) -> None:
-    """All signals, accumulation with a shorter last step, evaluation, and what is saved."""
+    """All signals, accumulation with a shorter last step and a last batch that not all ranks have
+    rows of, evaluation, and what is saved."""
     folders = [runs / ranks / case for ranks in ("one", RANKS[case])]
     one, several = (tiny.logged(folder) for folder in folders)
     assert len(one) == len(several) > 0

@@ -14,7 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaModel, TrainerCallback
 
 from dudi.callbacks import read_jsonl
 from dudi.config import DuDiConfig
@@ -138,10 +138,23 @@ def test_liger_s_kernels_but_not_its_losses(tmp_path: Path, monkeypatch: Any) ->
     assert told == [{"rope": True, "cross_entropy": False, "fused_linear_cross_entropy": False}]
 
 
-def test_without_padding_the_losses_are_the_same(tmp_path: Path) -> None:
-    """Of student, teacher and reference."""
+def test_without_padding_the_losses_are_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of student, teacher and reference, and those of an evaluation."""
+    figures, seen = [], set()
+    own = LlamaModel.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.add(kwargs.get("attention_mask") is None)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
     for free in (False, True):
-        make(tmp_path / str(free), padding_free=free).train()
+        trainer = make(tmp_path / str(free), padding_free=free)
+        trainer.train()
+        seen.clear()
+        figures.append(trainer.evaluate(tiny.rows(12, "test")))
+        assert seen == {free}
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
     padded, packed = (tiny.logged(tmp_path / str(free)) for free in (False, True))
     for a, b in zip(padded, packed, strict=True):
         assert b == pytest.approx(a, rel=1e-3, abs=1e-4)

@@ -63,7 +63,7 @@ LEFT_OUT = (
 # Of from_pretrained: where weights come from and where they go.
 PLACES = (
     "revision", "subfolder", "variant", "token", "device_map", "max_memory", "offload_folder",
-    "quantization_config", "load_in_8bit", "load_in_4bit",
+    "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
 # Only where there is a GPU.
 OF_A_GPU = ("fp16", "tf32")

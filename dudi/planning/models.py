@@ -19,11 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from dudi.config import DuDiConfig, ScriptArguments, json_safe
 from dudi.models import disable_dropout, load_model_config, refuse_adapter
+from dudi.planning.quantized import planned_settings, quantize
 from dudi.run import build_tokenizer, lora_settings, new_model_config
 from dudi.signals import causal_lm
 
 UNMASKED = "sdpa_unmasked"  # as fused attention without padding, or flash attention, saves tensors
-UNPLANNED = ("quantization_config", "load_in_8bit", "load_in_4bit", "device_map")
+UNPLANNED = ("load_in_8bit", "load_in_4bit", "device_map")
 
 
 class Spec(NamedTuple):
@@ -38,6 +39,7 @@ class Spec(NamedTuple):
     adapter: str = ""  # JSON of LoraConfig's fields
     checkpointing: str = ""  # JSON of its keyword arguments
     keeps_dropout: bool = False
+    quantization: str = ""  # JSON of its configuration
 
 
 def student_spec(script: ScriptArguments, config: DuDiConfig) -> Spec:
@@ -65,6 +67,7 @@ def student_spec(script: ScriptArguments, config: DuDiConfig) -> Spec:
         adapter,
         checkpointing,
         not config.disable_dropout,
+        _quantization(config.model_init_kwargs, "model_init_kwargs"),
     )
 
 
@@ -79,14 +82,31 @@ def teacher_spec(config: DuDiConfig) -> Spec | None:
         raise ValueError("teacher_model_name_or_path must be given: a signal needs a teacher")
     kwargs = _kwargs(config.teacher_model_init_kwargs, "teacher_model_init_kwargs")
     name = "teacher_model_name_or_path"
-    return Spec(name, config.teacher_model_name_or_path, "", kwargs, "auto")
+    return Spec(
+        name,
+        config.teacher_model_name_or_path,
+        "",
+        kwargs,
+        "auto",
+        quantization=_quantization(config.teacher_model_init_kwargs, "teacher_model_init_kwargs"),
+    )
 
 
 def _kwargs(given: dict[str, Any] | None, argument: str) -> str:
     for name in UNPLANNED:
         if given and given.get(name) not in (None, False):
             raise ValueError(f"{argument} must not have {name}: what it does can't be planned")
-    return json.dumps({name: json_safe(value) for name, value in (given or {}).items()})
+    kept = {k: v for k, v in (given or {}).items() if k != "quantization_config"}
+    return json.dumps({name: json_safe(value) for name, value in kept.items()})
+
+
+def _quantization(given: dict[str, Any] | None, argument: str) -> str:
+    settings = (given or {}).get("quantization_config")
+    if settings is None:
+        return ""
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantization_config of {argument} must be a mapping to be planned")
+    return json.dumps(planned_settings(settings, argument))
 
 
 @cache
@@ -99,6 +119,10 @@ def fakes() -> FakeTensorMode:
 def build(spec: Spec) -> Any:
     """The model, all of its tensors fake."""
     model = _on_meta(spec)
+    if spec.quantization:
+        if spec.trained and not spec.adapter:
+            raise ValueError("a quantized student can't be trained but through an adapter")
+        quantize(model, json.loads(spec.quantization), spec.trained)
     if spec.adapter:
         model = _adapted(model, json.loads(spec.adapter))
     if not spec.keeps_dropout:

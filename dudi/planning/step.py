@@ -22,6 +22,7 @@ from dudi.planning.phases import (
     sample,
     teach,
 )
+from dudi.planning.quantized import QuantizedLinear
 from dudi.signals import lm_head
 
 STUDENT, TEACHER, REFERENCE = "student weights", "teacher weights", "reference copy"
@@ -59,8 +60,12 @@ def step_phases(
     if config.needs_samples:
         sampling = Sampling(config.rollout_temperature, config.top_p, config.top_k)
         peak = sample(student, load, precision, sampling)
+        rounded = 0
+        if config.rollout_cache != "dynamic" and precision.autocast is not None:
+            rounded = 2 * sum(p.numel() for p in _floats(student))
         share = load.prompts * config.num_generations / load.drawn
-        add("sampling", peak.parts, round(peak.flops * share))
+        more = {"weights rounded for sampling": rounded} if rounded else {}
+        add("sampling", peak.parts | more, round(peak.flops * share))
     if teacher is not None:
         refinement = Refinement(
             config.needs_plain_teacher,
@@ -147,10 +152,17 @@ def _trained(spec: Spec) -> list[nn.Parameter]:
     return [p for p in build(spec).parameters() if p.requires_grad]
 
 
+def _floats(spec: Spec) -> list[nn.Parameter]:
+    return [p for p in build(spec).parameters() if p.dtype == torch.float32]
+
+
 def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def count(spec: Spec, trained: bool = False) -> int:
     """Parameters, or those that are trained."""
-    return sum(p.numel() for p in build(spec).parameters() if p.requires_grad or not trained)
+    model = build(spec)
+    packed = sum(m.packed_away for m in model.modules() if isinstance(m, QuantizedLinear))
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+    return found if trained else found + packed
