@@ -19,7 +19,7 @@ import torch
 from test_teacher_cache import trainer
 from test_teaching import kl, log_probs, step, teacher_tokenizer
 
-from dudi import served
+from dudi import endpoint
 from dudi.caching import asked_by, source_of, write_cache
 from dudi.served import Client, Endpoint, ServedTeacher, TeacherServerError
 from dudi.teacher_cache import CachedTop, Entry
@@ -167,7 +167,7 @@ class Scripted:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long it would have slept."""
     slept: list[float] = []
-    monkeypatch.setattr(served.time, "sleep", slept.append)
+    monkeypatch.setattr(endpoint.time, "sleep", slept.append)
     return slept
 
 
