@@ -27,6 +27,8 @@ Answered = TypeVar("Answered")
 class ServerError(RuntimeError):
     """The server can't be reached, or answers otherwise than it should."""
 
+    status: int | None = None  # of its answer, where it was not 200
+
 
 def root_of(url: str) -> str:
     """Without a slash and the /v1 of OpenAI's endpoints at its end."""
@@ -61,8 +63,15 @@ class Server:
         except (KeyError, IndexError, TypeError):
             raise self.wrong("must name a model in data[0].id", found) from None
 
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that the server answers."""
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        again: Sequence[int] = TRY_AGAIN,
+    ) -> Any:
+        """The JSON that the server answers; None for an empty answer. A status of `again`, like
+        no answer, is tried again."""
         url = f"{self.root}/{path}"
         for tried in range(self.retries + 1):
             if tried:
@@ -70,16 +79,18 @@ class Server:
                 time.sleep(wait * random.uniform(0.75, 1.25))  # not all clients at once
             try:
                 response = self.http.request(method, url, json=body)
-            except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-                raise ValueError(f"{self.argument} must be a URL, got {url!r}: {error}") from error
-            except httpx2.TransportError as error:
-                fault = f"can't be reached: {type(error).__name__}: {error}"
+            except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as bad:
+                raise ValueError(f"{self.argument} must be a URL, got {url!r}: {bad}") from bad
+            except httpx2.TransportError as lost:
+                fault = f"can't be reached: {type(lost).__name__}: {lost}"
                 continue
             if response.status_code == 200:
-                return self._json(response)
+                return self._json(response) if response.content else None
             fault = f"answers {response.status_code}: {response.text[:SHOWN]!r}"
-            if response.status_code not in TRY_AGAIN:
-                raise self.error(f"{url} {fault}")
+            if response.status_code not in again:
+                error = self.error(f"{url} {fault}")
+                error.status = response.status_code
+                raise error
         raise self.error(f"{url} {fault} ({self.retries + 1} tries)")
 
     def _json(self, response: Any) -> Any:

@@ -55,8 +55,12 @@ OFTEN = {
     "warmup_steps": 1,
 }
 FIXED = {"max_steps": STEPS, "logging_steps": 1, "report_to": "none", "verbalizer_cache_dir": None}
-# A teacher that answers from afar or from a cache says nothing about the miniature's tokens.
-LEFT_OUT = ("dataset_config", "resume", "push_to_hub", "teacher_cache", "teacher_url")
+# A teacher that answers from afar or from a cache says nothing about the miniature's tokens; an
+# engine that samples is another machine's.
+LEFT_OUT = (
+    "dataset_config", "resume", "push_to_hub", "teacher_cache", "teacher_url", "rollout_backend",
+    "vllm_mode", "vllm_url", "vllm_engine_kwargs",
+)  # fmt: skip
 # Of from_pretrained: where weights come from and where they go.
 PLACES = (
     "revision", "subfolder", "variant", "token", "device_map", "max_memory", "offload_folder",
