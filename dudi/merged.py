@@ -51,7 +51,8 @@ def merged_state(lm: nn.Module) -> dict[str, Tensor]:
         if not any(name.startswith(f"{own}.") for own in adapted)
     }
     for own, layer in adapted.items():
-        found |= {f"{own}.{name}": tensor for name, tensor in _tensors(_merged(layer)).items()}
+        # on the CPU: of the copies one at a time is on the device
+        found |= {f"{own}.{name}": t.cpu() for name, t in _tensors(_merged(layer)).items()}
     for name, tensor in found.items():
         if not tensor.is_floating_point() and name.endswith("weight"):
             raise ValueError(

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from test_distributed import LAUNCHER, run
 from test_served import Scripted, serving, waits
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from dudi.trainer import DuDiTrainer
 from dudi.vllm_engine import Asked, ServedEngine, VllmError, sampling_parameters
 
 assert waits  # a fixture
+HERE = Path(__file__).parent
 EOS = 1
 
 
@@ -33,7 +35,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def make(folder: Path, url: str | None, peft_config: Any = None, **settings: Any) -> DuDiTrainer:
+def make(
+    folder: Path, url: str | None, peft_config: Any = None, model: Any = None, **settings: Any
+) -> DuDiTrainer:
     defaults: dict[str, Any] = {
         "rollout_backend": "vllm",
         "vllm_url": url,
@@ -42,7 +46,7 @@ def make(folder: Path, url: str | None, peft_config: Any = None, **settings: Any
         "max_steps": 3,
     }
     return DuDiTrainer(
-        tiny.model(0),
+        model or tiny.model(0),
         tiny.model(1),
         args=tiny.config(folder, **(defaults | settings)),
         train_dataset=tiny.rows(),
@@ -52,7 +56,8 @@ def make(folder: Path, url: str | None, peft_config: Any = None, **settings: Any
 
 
 def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**({"r": 4, "target_modules": ["q_proj", "down_proj"]} | settings))
+    defaults: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    return LoraConfig(**(defaults | settings))
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -99,6 +104,17 @@ def test_importance_is_of_the_policy_that_drew(server: str, tmp_path: Path) -> N
         found.append(lq.gather(1, completion[:, None])[:, 0])
     want = torch.cat(found)
     assert (drawn - want).norm() <= 1e-6 * want.norm()
+
+
+def test_two_ranks_and_one_server(server: str, tmp_path: Path) -> None:
+    """Rank 0 sends what all hold together while nobody draws; each rank has samples of its own."""
+    run(*LAUNCHER, str(HERE / "vllm_ranks_once.py"), str(tmp_path), server)
+    logs = {name: tiny.logged(tmp_path / name) for name in ("whole", "parts", "adapter")}
+    for whole, parts in zip(logs["whole"], logs["parts"], strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    for found in logs.values():
+        assert max(r["completions/engine_gap"] for r in found[:2]) < 1e-6
+        assert "completions/engine_gap" not in found[2]
 
 
 def test_an_engine_that_is_deaf_to_weights(tmp_path: Path) -> None:
@@ -258,7 +274,8 @@ class Engine:
     """What is used of vLLM's LLM."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings, self.calls = settings, []
+        self.settings = settings
+        self.calls: list[Any] = []
 
     def generate(self, prompts: Any, parameters: Any, use_tqdm: bool) -> Any:
         self.calls.append(("generate", prompts, parameters))
