@@ -597,6 +597,15 @@ class DuDiConfig(TrainingArguments):
                     f"generation_kwargs must be among {', '.join(VLLM_GENERATION_OPTIONS)} with "
                     f"rollout_backend='vllm', got {option!r}"
                 )
+        least, most = (
+            (self.generation_kwargs or {}).get("min_new_tokens"),
+            self.max_completion_length,
+        )
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"min_new_tokens of generation_kwargs must be at most max_completion_length={most}, "
+                f"got {least}"
+            )
         if self.rollout_temperature < VLLM_COLDEST:
             raise ValueError(
                 f"rollout_temperature must be at least {VLLM_COLDEST} with rollout_backend='vllm', "

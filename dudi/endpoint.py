@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -55,6 +56,7 @@ class Server:
         key = os.environ.get(api_key)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx2.Client(timeout=timeout, limits=limits, headers=headers)
+        weakref.finalize(self, self.http.close)  # connections that are kept alive
 
     def first_model(self) -> str:
         found = self.ask("GET", "v1/models")

@@ -108,7 +108,7 @@ def test_sampling_parameters_mean_what_they_do_here(server: str, tmp_path: Path)
     served = engine(
         server, tmp_path, model.float(), rollout_temperature=0.8, top_k=12, top_p=0.9,
         generation_kwargs={"repetition_penalty": 1.5, "min_new_tokens": 2},
-        max_completion_length=1,
+        max_completion_length=2,
     )  # fmt: skip
     said = served.sample([Asked(prompt, seed) for seed in range(count)], False)
     logits = model.double()(torch.tensor([prompt])).logits[0, -1].detach()
