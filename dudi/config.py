@@ -603,8 +603,8 @@ class DuDiConfig(TrainingArguments):
         )
         if least is not None and most is not None and least > most:
             raise ValueError(
-                f"min_new_tokens of generation_kwargs must be at most max_completion_length={most}, "
-                f"got {least}"
+                "min_new_tokens of generation_kwargs must be at most max_completion_length="
+                f"{most}, got {least}"
             )
         if self.rollout_temperature < VLLM_COLDEST:
             raise ValueError(
