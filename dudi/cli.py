@@ -489,7 +489,10 @@ TRAIN_GROUPS = {
     "Sampling": (
         "num_generations", "rollout_temperature", "top_p", "top_k", "stop_strings",
         "generation_kwargs", "rollout_steps", "rollout_importance", "rollout_batch_size",
-        "rollout_cache", "log_completions", "num_completions_to_print",
+        "rollout_cache", "rollout_backend", "vllm_mode", "vllm_url", "vllm_engine_kwargs",
+        "vllm_sync_steps",
+        "vllm_sync_dir", "vllm_tolerance", "vllm_timeout", "vllm_retries", "vllm_concurrency",
+        "log_completions", "num_completions_to_print",
     ),
     "Adapter": ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "Optimisation": (

@@ -46,6 +46,12 @@ PAGED_OPTIONS = (
     "renormalize_logits",
 )  # fmt: skip
 ROLLOUT_CACHES = ("dynamic", "static", "paged")
+# Of these, what vLLM has too.
+VLLM_GENERATION_OPTIONS = ("min_p", "repetition_penalty", "min_new_tokens")
+VLLM_COLDEST = 0.01  # it takes lower temperatures for this one
+VLLM_OWN = ("model", "tokenizer", "skip_tokenizer_init")  # arguments of LLM that the run gives
+ROLLOUT_BACKENDS = ("transformers", "vllm")
+VLLM_MODES = ("server", "colocate")
 OVERLONG = ("truncate", "drop")
 BAD_ROWS = ("error", "skip")
 LEXICON_KINDS = ("lexicon", "concepts")
@@ -53,13 +59,14 @@ COUNTS = (
     "reference_sync_steps", "max_prompt_length", "max_completion_length",
     "max_teacher_prompt_length", "memory_budget", "served_top_k", "served_concurrency",
     "num_generations", "rollout_steps",
-    "rollout_batch_size",
+    "rollout_batch_size", "vllm_sync_steps", "vllm_concurrency",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "save_total_limit",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "num_completions_to_print", "weight_decay", "max_grad_norm", "warmup_steps",
     "dataloader_num_workers", "teacher_skip_tokens", "confidence_gating", "served_retries",
+    "vllm_retries", "vllm_tolerance",
 )  # fmt: skip
 # Each weight's state is of its shape, or one number: it can be put together and cut again.
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -223,6 +230,35 @@ class DuDiConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | None = _field(
         None, "More of transformers.GenerationConfig: min_p, repetition_penalty and the like."
     )
+    rollout_backend: str = _field(
+        "transformers", "What draws them: transformers' generate, or vllm."
+    )
+    vllm_mode: str = _field(
+        "server",
+        "server: a `vllm serve` at vllm_url; colocate: an engine in this process (one process).",
+    )
+    vllm_url: str | None = _field(
+        None, "Of a server that was started with VLLM_SERVER_DEV_MODE=1, which lets weights in."
+    )
+    vllm_engine_kwargs: dict[str, Any] | None = _field(
+        None, "Arguments of vLLM's LLM with colocate: gpu_memory_utilization, dtype and the like."
+    )
+    vllm_sync_steps: int = _field(
+        1, "Send weights before a draw if so many optimizer steps were taken since the last time."
+    )
+    vllm_sync_dir: str | None = _field(
+        None,
+        "Where weights are left for vLLM, a folder that both see; by default /dev/shm if it has "
+        "room, else output_dir.",
+    )
+    vllm_tolerance: float = _field(
+        0.05,
+        "Mean difference between vLLM's and the student's log-probability of a token, in nats, "
+        "above which the run stops.",
+    )
+    vllm_timeout: float = _field(600.0, "Seconds that a request to vLLM may take.")
+    vllm_retries: int = _field(5, "Tries more, where it fails in passing.")
+    vllm_concurrency: int = _field(64, "Requests at a time, of each process.")
     log_completions: bool = _field(False, "Print samples at each log event.")
     num_completions_to_print: int = _field(4, "How many of them.")
 
@@ -349,6 +385,7 @@ class DuDiConfig(TrainingArguments):
         self._check_sharding()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _accelerated():
             self.use_cpu = True  # else each of the processes would train by itself
+        self._check_vllm()
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU: its gradients need scaling; on a CPU use bf16")
@@ -376,7 +413,14 @@ class DuDiConfig(TrainingArguments):
     @property
     def weighs_rollouts(self) -> bool:
         """Whether log-probabilities are kept of the policy that drew a sample."""
-        return self.rollout_importance and self.rollout_steps > 1 and self.on_policy_weight > 0
+        return self.rollout_importance and self.reuses_policies and self.on_policy_weight > 0
+
+    @property
+    def reuses_policies(self) -> bool:
+        """Whether a step may train on samples that an older policy drew."""
+        return self.rollout_steps > 1 or (
+            self.rollout_backend == "vllm" and self.vllm_sync_steps > 1
+        )
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -434,7 +478,13 @@ class DuDiConfig(TrainingArguments):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         if self.max_steps != -1:
             _between("max_steps", self.max_steps, 1, math.inf)
-        for name in ("temperature", "rollout_temperature", "preference_beta", "served_timeout"):
+        for name in (
+            "temperature",
+            "rollout_temperature",
+            "preference_beta",
+            "served_timeout",
+            "vllm_timeout",
+        ):
             _between(name, getattr(self, name), 0, math.inf, low_open=True)
         if self.teacher_temperature is not None:
             _between("teacher_temperature", self.teacher_temperature, 0, math.inf, low_open=True)
@@ -574,6 +624,46 @@ class DuDiConfig(TrainingArguments):
                 f"optim must be one of {', '.join(SHARDED_OPTIMIZERS)} with fsdp_size, got "
                 f"{optimizer!r}"
             )
+
+    def _check_vllm(self) -> None:
+        _one_of("rollout_backend", self.rollout_backend, ROLLOUT_BACKENDS)
+        _one_of("vllm_mode", self.vllm_mode, VLLM_MODES)
+        wanted = self.rollout_backend == "vllm" and self.vllm_mode == "server"
+        if (self.vllm_url is not None) != wanted:
+            raise ValueError(
+                f"vllm_url must {'' if wanted else 'not '}be given with rollout_backend="
+                f"{self.rollout_backend!r} and vllm_mode={self.vllm_mode!r}, got {self.vllm_url!r}"
+            )
+        if self.rollout_backend != "vllm":
+            return
+        for option in self.generation_kwargs or {}:
+            if option not in VLLM_GENERATION_OPTIONS:
+                raise ValueError(
+                    f"generation_kwargs must be among {', '.join(VLLM_GENERATION_OPTIONS)} with "
+                    f"rollout_backend='vllm', got {option!r}"
+                )
+        least, most = (
+            (self.generation_kwargs or {}).get("min_new_tokens"),
+            self.max_completion_length,
+        )
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                "min_new_tokens of generation_kwargs must be at most max_completion_length="
+                f"{most}, got {least}"
+            )
+        if self.rollout_temperature < VLLM_COLDEST:
+            raise ValueError(
+                f"rollout_temperature must be at least {VLLM_COLDEST} with rollout_backend='vllm', "
+                f"which would take {self.rollout_temperature} for that"
+            )
+        if self.rollout_batch_size is not None:
+            raise ValueError(
+                "rollout_batch_size must not be given with rollout_backend='vllm', which batches "
+                f"by itself, got {self.rollout_batch_size}"
+            )
+        for name in VLLM_OWN:
+            if name in (self.vllm_engine_kwargs or {}):
+                raise ValueError(f"vllm_engine_kwargs must leave {name} to the run")
 
 
 def _launched_with(engine: str) -> bool:
@@ -759,6 +849,8 @@ FREE_TO_CHANGE = (
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
     "verbalizer_cache_dir", "served_timeout", "served_retries", "served_concurrency", "bad_rows",
     "teacher_cache", "teacher_url",  # whose answers they are is compared
+    "vllm_url", "vllm_sync_dir", "vllm_tolerance", "vllm_timeout", "vllm_retries",
+    "vllm_concurrency",
 )  # fmt: skip
 
 

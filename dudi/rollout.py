@@ -28,6 +28,7 @@ class Rollout(NamedTuple):
     completions: list[Tensor]  # B of (R_i,), on the CPU, eos included where it was reached
     finish_reasons: list[str]  # of FINISH_REASONS
     finite: bool = True  # False where a token was drawn from logits with NaN or infinity
+    log_prob: Tensor | None = None  # (R,) of all their tokens, where an engine told it
 
 
 class Finite(LogitsProcessor):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dudi.config import DuDiConfig
 from dudi.meter import Meter
 from dudi.rollout import FINISH_REASONS, Rollout, generate
+from dudi.vllm_rollout import VllmRollouts
 
 Batch = dict[str, Tensor]  # padded, as the collator gives it
 
@@ -48,6 +49,9 @@ class Sampling:
     def __init__(self, args: DuDiConfig, tokenizer: Any, meter: Meter, process_index: int) -> None:
         self.args, self.tokenizer, self.meter = args, tokenizer, meter
         self.process_index = process_index
+        self.vllm: VllmRollouts | None = None
+        if args.rollout_backend == "vllm":
+            self.vllm = VllmRollouts(args, tokenizer, meter, process_index)
         self.ahead: list[Step] = []
         self._saved: list[Drawn] = []  # of the checkpoint resumed from
 
@@ -68,7 +72,9 @@ class Sampling:
                 rollouts = self._draw(model, flat, step)
                 finite = all(r.finite for r in rollouts)
                 drawn = [Drawn(r.completions, r.finish_reasons, step) for r in rollouts]
-                if len(batches) > 1 and self.args.weighs_rollouts:
+                if self.vllm is not None:
+                    drawn = self._as_engine_said(model, flat, rollouts, score) if finite else drawn
+                elif len(batches) > 1 and self.args.weighs_rollouts:
                     drawn = [
                         d._replace(log_prob=score(batch, d))
                         for batch, d in zip(flat, drawn, strict=True)
@@ -85,8 +91,12 @@ class Sampling:
             size = len(flat) * each * max(len(batch["row"]) for batch in flat)
         prompts = [[p for p in unpad(batch, "prompt") for _ in range(each)] for batch in flat]
         first = step * self.args.gradient_accumulation_steps
+        if self.vllm is not None and not self.vllm.bring(model, step):
+            return [Rollout([], [], False)] * len(flat)
         started = time.monotonic()
-        if size is None:
+        if self.vllm is not None:
+            rollouts = self.vllm.draw(prompts, first)
+        elif size is None:
             rollouts = [self._generate(model, own, first + i) for i, own in enumerate(prompts)]
         else:
             rollouts = self._draw_together(model, prompts, first, size)
@@ -110,6 +120,17 @@ class Sampling:
             Rollout([c for c, _, _ in part], [r for _, r, _ in part], all(f for _, _, f in part))
             for part in (found[a:b] for a, b in pairwise(ends))
         ]
+
+    def _as_engine_said(
+        self, model: nn.Module, flat: Sequence[Batch], rollouts: Sequence[Rollout], score: Score
+    ) -> list[Drawn | None]:
+        """By the policy whose weights the engine has, with its own log-probabilities; those of the
+        first micro-batch are compared with the student's."""
+        assert self.vllm is not None and self.vllm.step is not None
+        step = self.vllm.step
+        made = [Drawn(r.completions, r.finish_reasons, step, r.log_prob) for r in rollouts]
+        self.vllm.check(model, rollouts[0], lambda: score(flat[0], made[0]))
+        return [d if self.args.weighs_rollouts else d._replace(log_prob=None) for d in made]
 
     def _generate(
         self, model: nn.Module, prompts: Sequence[Tensor], position: int, *more: int

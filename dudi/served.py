@@ -1,46 +1,39 @@
 """A teacher behind an OpenAI-compatible completions endpoint: vLLM's `prompt_logprobs`.
 
 A prompt and a response go there as token ids; what comes back has the likeliest tokens of each
-position and their log-probabilities at temperature 1. What may pass (no connection, a timeout,
-429, 5xx) is tried again, later each time; all else is an error that says what the server said. One
-that is about a single request costs, if asked for, the response that it was about and no more.
+position and their log-probabilities at temperature 1. endpoint.py says what is tried again. An
+answer that is not of this form is an error; one that is about a single request costs, if asked for,
+the response that it was about and no more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
 from torch import Tensor
 
+from dudi.endpoint import Server, ServerError
 from dudi.known import Answers, KnownTop
 from dudi.signals import Packed
 from dudi.teacher_cache import About, Entry, asked_of
 from dudi_kernels import TopKTeacher
 from dudi_kernels.topk import SLACK
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try
-TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 OF_A_REQUEST = (400, 413, 422)  # what is wrong with it, not with the server
 MOST_LOST, LOST_SEEN = 0.5, 64  # a larger share, of at least so many, is no chance
-SHOWN = 300  # characters of what a server says
 API_KEY = "DUDI_TEACHER_API_KEY"  # environment variable
 PROBE = "The quick brown fox jumps over 13 lazy dogs"
 KNOWN_TOKENS = 0.5  # share of the probe's tokens that must spell the same
 
 
-class TeacherServerError(RuntimeError):
-    """The server can't be reached, or answers otherwise than it should."""
+class TeacherServerError(ServerError):
+    """The teacher's server can't be reached, or answers otherwise than it should."""
 
 
 class BadAnswerError(TeacherServerError):
@@ -58,64 +51,22 @@ class Endpoint:
     retries: int = 5
     concurrency: int = 8
 
-    @property
-    def base(self) -> str:
-        return self.url.rstrip("/").removesuffix("/v1") + "/v1"
-
 
 Found = tuple[Tensor, Tensor] | BadAnswerError
 
 
-class Client:
+class Client(Server):
     """Requests to one endpoint, some at a time; `tokens`: how many the student has."""
 
+    error = TeacherServerError
+    bad_answer = BadAnswerError
+    of_a_request = OF_A_REQUEST
+
     def __init__(self, endpoint: Endpoint, tokens: int | None = None) -> None:
-        self.endpoint, self.tokens = endpoint, tokens
-        limits = httpx2.Limits(max_connections=endpoint.concurrency)
-        key = os.environ.get(API_KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx2.Client(timeout=endpoint.timeout, limits=limits, headers=headers)
-        self.model = endpoint.model or self._first_model()
-
-    def _first_model(self) -> str:
-        found = self.ask("GET", "models")
-        try:
-            return str(found["data"][0]["id"])
-        except (KeyError, IndexError, TypeError):
-            raise self._wrong("must name a model in data[0].id", found) from None
-
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that the server answers."""
-        url = f"{self.endpoint.base}/{path}"
-        for tried in range(self.endpoint.retries + 1):
-            if tried:
-                wait = min(FIRST_WAIT * 2 ** (tried - 1), LONGEST_WAIT)
-                time.sleep(wait * random.uniform(0.75, 1.25))  # not all clients at once
-            try:
-                response = self.http.request(method, url, json=body)
-            except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-                raise ValueError(f"teacher_url must be a URL, got {url!r}: {error}") from error
-            except httpx2.TransportError as error:
-                fault = f"can't be reached: {type(error).__name__}: {error}"
-                continue
-            if response.status_code == 200:
-                return self._json(response)
-            fault = f"answers {response.status_code}: {response.text[:SHOWN]!r}"
-            if response.status_code in OF_A_REQUEST:
-                raise BadAnswerError(f"{url} {fault}")
-            if response.status_code not in TRY_AGAIN:
-                raise TeacherServerError(f"{url} {fault}")
-        raise TeacherServerError(f"{url} {fault} ({self.endpoint.retries + 1} tries)")
-
-    def _json(self, response: Any) -> Any:
-        try:
-            return response.json()
-        except ValueError as error:
-            shown = response.text[:SHOWN]
-            raise BadAnswerError(f"{response.url} must answer JSON, got {shown!r}") from error
-
-    def _wrong(self, what: str, got: Any) -> BadAnswerError:
-        return BadAnswerError(f"{self.endpoint.base} {what}, got {str(got)[:SHOWN]}")
+        e = self.endpoint = endpoint
+        super().__init__(e.url, "teacher_url", API_KEY, e.timeout, e.retries, e.concurrency)
+        self.tokens = tokens
+        self.model = endpoint.model or self.first_model()
 
     def positions(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """What the server says of each token but the first, given those before it."""
@@ -126,15 +77,15 @@ class Client:
             "temperature": 0,
             "prompt_logprobs": self.endpoint.top_k,
         }
-        answer = self.ask("POST", "completions", body)
+        answer = self.ask("POST", "v1/completions", body)
         try:
             found = answer["choices"][0]["prompt_logprobs"]
         except (KeyError, IndexError, TypeError):
             found = None
         if not isinstance(found, list):
-            raise self._wrong("must answer choices[0].prompt_logprobs (vLLM does)", answer)
+            raise self.wrong("must answer choices[0].prompt_logprobs (vLLM does)", answer)
         if len(found) != len(ids) or not all(isinstance(p, dict) for p in found[1:]):
-            raise self._wrong(f"must say something of each of {len(ids)} tokens", found)
+            raise self.wrong(f"must say something of each of {len(ids)} tokens", found)
         return found[1:]
 
     def rows(self, entry: Entry) -> tuple[Tensor, Tensor]:
@@ -143,7 +94,7 @@ class Client:
         top = [self._top(position) for position in said]
         for token, position in zip(entry.response, said, strict=True):
             if str(int(token)) not in position:  # it always comes, unless the places are others
-                raise self._wrong(f"must say how likely the own token {token} is", position)
+                raise self.wrong(f"must say how likely the own token {token} is", position)
         ids = torch.tensor([[i for _, i in row] for row in top])
         return ids, torch.tensor([[value for value, _ in row] for row in top])
 
@@ -152,16 +103,16 @@ class Client:
         try:
             found = [(float(said["logprob"]), int(i)) for i, said in position.items()]
         except (KeyError, TypeError, ValueError):
-            raise self._wrong("must give {id: {logprob: number}} for a token", position) from None
+            raise self.wrong("must give {id: {logprob: number}} for a token", position) from None
         if len(found) < self.endpoint.top_k or not all(v <= SLACK for v, _ in found):
             wanted = f"must give {self.endpoint.top_k} log-probabilities for each token"
-            raise self._wrong(wanted, position)
+            raise self.wrong(wanted, position)
         most = self.tokens or max(i for _, i in found) + 1
         if len({i for _, i in found}) < len(found) or not all(0 <= i < most for _, i in found):
-            raise self._wrong(f"must name tokens below {most}, each once", position)
+            raise self.wrong(f"must name tokens below {most}, each once", position)
         best = sorted(found, key=lambda one: (-one[0], one[1]))[: self.endpoint.top_k]
         if not sum(math.exp(value) for value, _ in best) <= 1 + SLACK:
-            raise self._wrong("must give probabilities that sum to 1 at most", position)
+            raise self.wrong("must give probabilities that sum to 1 at most", position)
         return [(min(value, 0.0), i) for value, i in best]
 
     def all_rows(self, asked: Sequence[Entry], skip_bad: bool = False) -> list[Found]:
@@ -175,13 +126,7 @@ class Client:
                     raise
                 return error
 
-        with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
-            waiting = [pool.submit(rows, entry) for entry in asked]
-            try:
-                return [one.result() for one in waiting]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return self.each(rows, asked)
 
 
 class ServedTeacher(KnownTop):

@@ -634,7 +634,7 @@ class DuDiTrainer(ContinuingTrainer):
             add("logps/chosen", chosen.sum(), chosen.numel())
         if batch.drawn is not None:
             add("logps/rejected", rejected.sum(), rejected.numel())
-            if a.rollout_steps > 1:
+            if a.reuses_policies:
                 age = self.state.global_step - batch.drawn.step
                 add("rollout_staleness", age * rejected.numel(), rejected.numel())
         for name, weight in self.weights().items():

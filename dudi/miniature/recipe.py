@@ -56,9 +56,11 @@ OFTEN = {
 }
 FIXED = {"max_steps": STEPS, "logging_steps": 1, "report_to": "none", "verbalizer_cache_dir": None}
 # A teacher that answers from afar or from a cache says nothing about the miniature's tokens: a live
-# one stands in. A single process has nobody to share with.
+# one stands in. A single process has nobody to share with, and an engine that samples is another
+# machine's.
 LEFT_OUT = (
     "dataset_config", "resume", "push_to_hub", "teacher_cache", "teacher_url", "fsdp_size",
+    "rollout_backend", "vllm_mode", "vllm_url", "vllm_engine_kwargs",
 )  # fmt: skip
 # Of from_pretrained: where weights come from and where they go.
 PLACES = (

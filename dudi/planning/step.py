@@ -57,7 +57,7 @@ def step_phases(
         phases.append(Phase(name, parts))
         flops[name] = operations * times
 
-    if config.needs_samples:
+    if config.needs_samples and config.rollout_backend == "transformers":  # else not on this rank
         sampling = Sampling(config.rollout_temperature, config.top_p, config.top_k)
         peak = sample(student, load, precision, sampling)
         rounded = 0
