@@ -636,6 +636,11 @@ class DuDiConfig(TrainingArguments):
             )
         if self.rollout_backend != "vllm":
             return
+        if self.rollout_cache != "dynamic":
+            raise ValueError(
+                "rollout_cache is transformers' and must be left as it is with "
+                f"rollout_backend='vllm', got {self.rollout_cache!r}"
+            )
         for option in self.generation_kwargs or {}:
             if option not in VLLM_GENERATION_OPTIONS:
                 raise ValueError(

@@ -340,6 +340,7 @@ def test_no_vllm_in_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"generation_kwargs": {"typical_p": 0.9}}, "among min_p, .*got 'typical_p'"),
         ({"generation_kwargs": {"min_new_tokens": 9}}, "must be at most max_completion_length=8"),
         ({"rollout_temperature": 1e-3}, "rollout_temperature must be at least 0.01 with"),
+        ({"rollout_cache": "paged"}, "rollout_cache is transformers'"),
         ({"rollout_batch_size": 4}, "rollout_batch_size must not be given with"),
         ({"vllm_engine_kwargs": {"model": "m"}}, "vllm_engine_kwargs must leave model to the run"),
         ({"vllm_sync_steps": 0}, "vllm_sync_steps must be"),
