@@ -99,6 +99,7 @@ class Grid(_Strict):
     domains: dict[str, Domain]
     settings: dict[str, Setting]
     tune: Tune | None = None
+    train_rows: int | None = Field(None, gt=0)  # drawn ones of the train split; None is all
 
     @model_validator(mode="after")
     def _names(self) -> Grid:
@@ -226,6 +227,7 @@ def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str,
         "warm_up": grid.warm_up.model_dump(),
         "teacher": setting.teacher,
         "languages": setting.languages,
+        "train_rows": grid.train_rows,
         "kl": setting.kl and cell.trial is None,
         "data": "given" if own is None else own.data,
         "options": training | ({} if own is None else own.resolved(steps)) | options,
