@@ -177,7 +177,7 @@ def _trained(job: Job, clock: Clock) -> Any:
     trainer = build_trainer(script, config, Dataset.from_list(rows))
     console_style(trainer, Console(quiet=True), job.name)
     trainer.add_callback(clock)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     trainer.train()
     assert clock.due <= {int(point["step"]) for point in clock.curve}
     logged = "".join(json.dumps(r) + "\n" for r in read_jsonl(work / "metrics.jsonl"))

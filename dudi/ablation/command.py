@@ -154,10 +154,10 @@ class Run:
             if outcome.error is not None:
                 self.failed[name] = outcome.error
                 write_text(file, outcome.details or outcome.error)
-            told = outcome.error and f"[red]failed[/]: {outcome.error}"
+            told = "" if outcome.error is None else f"[red]failed[/]: {outcome.error}  "
             spent = time.monotonic() - began
             self.console.print(
-                f"[bold]{what}[/] {i}/{len(tasks)}  {name}  {told or ''}"
+                f"[bold]{what}[/] {i}/{len(tasks)}  {name}  {told}"
                 f"[dim]{spent:.0f} s, {spent / i * (len(tasks) - i):.0f} s left[/]",
                 highlight=False,
                 soft_wrap=True,
