@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dudi.ablation.cell import Job, done_result, result_path, run_cell
+from dudi.ablation.cell import Job, done_result, run_cell
 from dudi.ablation.grid import (
     START,
     Cell,

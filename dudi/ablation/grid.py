@@ -1,7 +1,7 @@
 """The grid that a YAML file describes, and its cells.
 
-A cell is method x setting x seed, or a trial of a learning rate on the validation split. Its hash is
-of all that decides its result, so that a done cell is kept and a changed one runs again.
+A cell is method x setting x seed, or a trial of a learning rate on the validation split. Its hash
+is of all that decides its result, so that a done cell is kept and a changed one runs again.
 """
 
 from __future__ import annotations

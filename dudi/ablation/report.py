@@ -1,8 +1,7 @@
-"""The grid's report from what is done: report.md, report.html, report.json, and a document's tables.
+"""The grid's report from what is done: report.md, report.html, report.json, a document's tables.
 
 For each setting: means over seeds with intervals, differences to DuDi and to SFT that are paired by
-seed and row, differences by language, and the validation curve at equal seconds. All three files are
-drawn from one `Table` and `Chart` list; nothing is typed in by hand.
+seed and row, differences by language, and the validation curve at equal seconds.
 """
 
 from __future__ import annotations

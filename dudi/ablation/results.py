@@ -41,7 +41,9 @@ class Results:
 
     def cells(self, setting: str, name: str) -> dict[int, dict[str, Any]]:
         """By seed."""
-        found = {c.seed: r for c, r in self.done.items() if (c.setting, c.method) == (setting, name)}
+        found = {
+            c.seed: r for c, r in self.done.items() if (c.setting, c.method) == (setting, name)
+        }
         return dict(sorted(found.items()))
 
     def methods(self, setting: str) -> list[str]:
@@ -282,9 +284,7 @@ def _differences(results: Results, setting: str, title: str, base: str) -> Table
     )
     if found is not None and found[0] != setting:
         note += f" {title_of(base)} is that of “{results.grid.settings[found[0]].title}”."
-    return Table(
-        title, f"Differences to {title_of(base)}", note, ["", *_head(columns)], lines
-    )
+    return Table(title, f"Differences to {title_of(base)}", note, ["", *_head(columns)], lines)
 
 
 def _by_language(results: Results, setting: str, title: str) -> list[Table]:
@@ -301,7 +301,9 @@ def _by_language(results: Results, setting: str, title: str) -> list[Table]:
             digits, better = FIGURES[figure].digits, FIGURES[figure].better
             lines.append([title_of(name), *(marked(found, digits, better) for found in own)])
     head = ["", *(LANGUAGE_NAMES.get(code, code) for code in languages)]
-    note = f"{FIGURES[figure].title} in {domain}: each method less SFT, by language of the response."
+    note = (
+        f"{FIGURES[figure].title} in {domain}: each method less SFT, by language of the response."
+    )
     return [Table(title, "By language", note, head, lines)]
 
 
@@ -316,7 +318,11 @@ def _equal_seconds(results: Results, setting: str, title: str) -> list[Table]:
     longest = max(xs[-1] for xs, _ in curves.values())
     marks = [round(share * longest, 1) for share in POINTS_SHOWN]
     lines = [
-        [title_of(name), *(at(own, mark) for mark in marks), f"{own[1][-1]:.3f} ({own[0][-1]:.0f} s)"]
+        [
+            title_of(name),
+            *(at(own, mark) for mark in marks),
+            f"{own[1][-1]:.3f} ({own[0][-1]:.0f} s)",
+        ]
         for name, own in curves.items()
     ]
     note = (

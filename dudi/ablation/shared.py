@@ -1,5 +1,5 @@
-"""What cells have in common, made once and kept: warm starts, a real teacher's weights, the teacher's
-responses, the map of equal texts, and the rows of a choice of languages.
+"""What cells have in common, made once and kept: warm starts, a real teacher's weights, what a
+teacher wrote, the map of equal texts, and the rows of a choice of languages.
 
 Each is a file or folder under shared/ whose name has the hash of what decides it, written under
 another name and renamed: a killed process leaves nothing that looks done.

@@ -1,16 +1,16 @@
 """Means over seeds with 95 % intervals, and differences between methods that are paired twice: by
 seed (the same warm start, the same data order) and by test row.
 
-Two things vary: the seed, and which rows the test split happens to hold. With v_s the value of seed s
-and S seeds,
+Two things vary: the seed, and which rows the test split happens to hold. With v_s the value of
+seed s and S seeds,
 
     se^2 = var(v_s) / S  +  var over resampled rows of the mean over seeds
 
 and the interval is value +- t se, with Satterthwaite's degrees of freedom. Rows are resampled by
-group (all rows of a key, in all languages, together); seeds are not resampled: a bootstrap over three
-understates. Of one seed nothing is known, and no interval is given. Both parts hold a little of the
-interaction of seed and row, so that intervals are, if anything, wide. Nothing is corrected for the
-number of comparisons.
+group (all rows of a key, in all languages, together); seeds are not resampled: a bootstrap over
+three understates. Of one seed nothing is known, and no interval is given. Both parts hold a little
+of the interaction of seed and row, so that intervals are, if anything, wide. Nothing is corrected
+for the number of comparisons.
 """
 
 from __future__ import annotations
