@@ -326,9 +326,9 @@ def _equal_seconds(results: Results, setting: str, title: str) -> list[Table]:
         for name, own in curves.items()
     ]
     note = (
-        "Validation NLL a character after so many seconds of one core, means over seeds; a run that "
-        "had ended by then has a dash. Rates decay over a run, so that a point on the way is not a "
-        "shorter run's end."
+        "Validation NLL a character after so many seconds of one core, means over seeds; a run "
+        "that had ended by then has a dash. Rates decay over a run, so that a point on the way is "
+        "not a shorter run's end."
     )
     head = ["", *(f"{mark:g} s" for mark in marks), "end"]
     return [Table(title, "On the way, by seconds", note, head, lines)]

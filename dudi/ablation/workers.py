@@ -48,6 +48,13 @@ class _Worker:
         task, self.task = self.task, None
         return Outcome(task, error, details)
 
+    def stop(self) -> None:
+        """An idle one ends by itself; one at work is ended."""
+        self.pipe.close()
+        if self.task is not None:
+            self.process.terminate()
+        self.process.join()
+
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
@@ -99,7 +106,4 @@ def run_tasks(tasks: Sequence[Any], work: Work, workers: int) -> Iterator[Outcom
                 yield worker.answer()
     finally:
         for worker in pool:
-            worker.pipe.close()
-            worker.process.terminate()
-        for worker in pool:
-            worker.process.join()
+            worker.stop()
