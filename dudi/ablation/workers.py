@@ -58,8 +58,8 @@ class _Worker:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A process that is started inside has one thread in every library."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    """A process that is started inside has one thread in every library, and no bars."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", "TQDM_DISABLE")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     try:
