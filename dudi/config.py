@@ -334,6 +334,8 @@ class DuDiConfig(TrainingArguments):
         self._check_signals()
         self._check_unsupported()
         self._check_sharding()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _accelerated():
+            self.use_cpu = True  # else each of the processes would train by itself
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU: its gradients need scaling; on a CPU use bf16")
@@ -560,7 +562,9 @@ class ScriptArguments:
     )
     tokenizer_name_or_path: str | None = _field(None, "By default the student's.")
     dataset_name: str | None = _field(
-        None, "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id."
+        None,
+        "A JSONL, CSV or Parquet file, a saved dataset's folder, a Hub id, or demo: the embedded "
+        "translations.",
     )
     dataset_config: str | None = _field(None, "Configuration of a Hub dataset.")
     dataset_train_split: str = _field("train", "Split to train on.")
@@ -593,6 +597,12 @@ class ScriptArguments:
         _between("lora_alpha", self.lora_alpha, 1, math.inf)
         _between("lora_dropout", self.lora_dropout, 0, 1)
         _between("eval_generate_rows", self.eval_generate_rows or 0, 0, math.inf)
+
+
+def _accelerated() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 class _Loader(yaml.SafeLoader):

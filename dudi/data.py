@@ -35,6 +35,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
+from dudi.demo_data import DEMO, translation_rows
 from dudi.models import looks_like_a_path
 from dudi.pairing import Pairing
 from dudi.rows import Example, Prompt, Reader, TeacherPrompts, language_of, student_ids
@@ -71,7 +72,8 @@ PROBLEM = "problem"  # why a row can't be used; "" where it can
 def load_data(
     name_or_path: str | Path, *, name: str | None = None, split: str = "train"
 ) -> Dataset:
-    """A dataset from a JSONL, JSON, CSV, TSV or Parquet file, a `save_to_disk` folder or a Hub id.
+    """A dataset from a JSONL, JSON, CSV, TSV or Parquet file, a `save_to_disk` folder or a Hub id;
+    "demo", where nothing here has that name: the embedded translations.
 
     name: a Hub dataset's configuration. split: as `datasets.load_dataset` takes it ("train[:100]");
     a single file is all "train". In CSV and TSV files every value is text: 007 and NA stay so.
@@ -85,6 +87,8 @@ def load_data(
         return _load_folder(path, name, split)
     if looks_like_a_path(str(name_or_path)) or _suffix(path) in READERS:
         raise FileNotFoundError(f"dataset file or folder {str(name_or_path)!r} does not exist")
+    if name_or_path == DEMO:
+        return Dataset.from_list(translation_rows(split))
     return _load_hub(str(name_or_path), name, split)
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dudi.verbalize import DEFAULT_TEMPLATES, LANGUAGE_NAMES
 
+DEMO = "demo"  # a dataset_name: the embedded translations
 LANGUAGES = ("id", "ms", "vi", "th", "fil", "my", "km", "lo", "ta")
 SPLITS = ("train", "validation", "test")
 # A related language, or one written without spaces, that is neither source nor target.

@@ -17,12 +17,11 @@ from rich.progress import Progress
 
 from dudi.cooccurrence import Limits, Splitter, word_pairs
 from dudi.data import load_data
-from dudi.demo_data import LANGUAGES, data_path, split_of, ui_strings
+from dudi.demo_data import DEMO, LANGUAGES, data_path, split_of, ui_strings
 from dudi.lexicon import Entry, write_lexicon
 from dudi.models import load_tokenizer
 from dudi.verbalize import normalise
 
-DEMO = "demo"  # the dataset_name of the embedded data
 DEMO_LEXICON = "demo/lexicon.tsv"
 CITATION = (
     "Words that stand in the same rows: each the best of the other by log-likelihood ratio "

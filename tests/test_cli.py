@@ -66,15 +66,23 @@ def test_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = record(monkeypatch, "dudi.evaluate.run_evaluation")
+    calls = record(monkeypatch, "dudi.evaluation.command.run_evaluation")
     words = ["--model-name-or-path", "m", "--dataset_name=d.jsonl", "--generate_rows", "8"]
-    assert cli.main(["evaluate", *words]) == 0
+    assert cli.main(["evaluate", *words, "--tasks", "udhr, a.yaml", "--languages=[th]"]) == 0
     ((_, kwargs),) = calls
+    assert (kwargs["tasks"], kwargs["languages"]) == (["udhr", "a.yaml"], ["th"])
     assert (kwargs["model_name_or_path"], kwargs["generate_rows"], kwargs["split"]) == (
         "m",
         8,
         None,
     )
+
+
+def test_compare_takes_runs_before_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "dudi.evaluation.command.run_comparison")
+    assert cli.main(["compare", "runs/a", "b c.json", "--baseline", "a"]) == 0
+    ((_, kwargs),) = calls
+    assert (kwargs["runs"], kwargs["baseline"]) == (["runs/a", "b c.json"], "a")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,10 @@ def test_report_prints_where_it_is(
         (["train", "--config"], "--config must be followed by a YAML file"),
         (["train", "--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["train", "--output_dir", "x"], "exactly one of model_name_or_path and model_config"),
-        (["evaluate", "--model_name_or_path", "m"], "--dataset_name must be given"),
+        (["evaluate", "--dataset_name", "d"], "--model_name_or_path must be given"),
+        (["evaluate", "--model_name_or_path", "m"], "tasks or dataset_name must be given"),
+        (["compare", "--page", "c.html"], "--runs must be given"),
+        (["compare", "nowhere.json"], "got nowhere.json: no such file"),
         (["evaluate", "--batch_size", "many"], "batch_size must be int, got 'many' (str)"),
         (["demo", "--teacher", "--steps", "5"], "steps is for the students"),
         (["demo", "--sed", "1"], "unknown config key 'sed'; did you mean 'seed'?"),

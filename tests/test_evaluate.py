@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dudi import evaluate
 from dudi.data import prepare_dataset
-from dudi.evaluate import Evaluation, evaluate_model, evaluation_table, run_evaluation
+from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
 from dudi.rollout import Rollout
 
 LENGTH = 48
@@ -202,34 +201,6 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     arguments = {"model": tiny.model(), "dataset": prepared(1), **change}
     with pytest.raises(ValueError, match=message):
         evaluate_model(tokenizer=tiny.tokenizer(), **arguments)
-
-
-def test_output_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"output must be a file, got the folder '"):
-        run_evaluation("no/model", "no.jsonl", output=tmp_path)
-
-
-def test_run_evaluation(tmp_path: Path) -> None:
-    """What `dudi evaluate` does: folders in, a table and a whole JSON file out."""
-    for name, seed in (("student", 0), ("teacher", 1)):
-        tiny.model(seed).save_pretrained(tmp_path / name)
-    tiny.tokenizer().save_pretrained(tmp_path / "student")
-    rows = tiny.rows(8, "test")
-    rows.to_json(tmp_path / "test.jsonl", force_ascii=False)
-    screen = io.StringIO()
-    result = run_evaluation(
-        str(tmp_path / "student"), str(tmp_path / "test.jsonl"),
-        teacher_model_name_or_path=str(tmp_path / "teacher"), split="train", generate_rows=1,
-        max_completion_length=LENGTH, output=tmp_path / "evaluation.json",
-        console=Console(file=screen, width=100),
-    )  # fmt: skip
-    written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
-    assert written["model"] == json.loads(json.dumps(result.to_dict()))
-    assert {*result.languages} == {*rows["language"]} and len(result.samples) == len(
-        result.languages
-    )
-    assert f"{result.mean['nll_per_char']:.3f}" in screen.getvalue()
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_tables_take_evaluations_and_their_dicts() -> None:

@@ -68,7 +68,8 @@ def test_a_run_and_its_evaluation(models: dict[str, str], tmp_path: Path) -> Non
         "output": output,
     }
     assert cli.main(["evaluate", *words(options)]) == 0
-    assert json.loads(output.read_text())["model"]["mean"]["kl_to_teacher"] > 0
+    task = json.loads(output.read_text())["tasks"][Path(models["dataset_name"]).name]
+    assert task["figures"]["kl_to_teacher"]["mean"]["value"] > 0
 
 
 def test_an_adapter_can_be_evaluated_and_not_be_a_student(
@@ -327,4 +328,4 @@ def test_evaluation_names_its_dataset(
     path.write_text('{"prompt": "a"}\n')
     options = {"model_name_or_path": models["model_name_or_path"], "dataset_name": path}
     assert cli.main(["evaluate", *words(options)]) == 2
-    assert "the evaluation dataset must have columns" in error_of(capsys)
+    assert "row 0: must have prompt and completion, or messages" in error_of(capsys)

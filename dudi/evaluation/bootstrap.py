@@ -35,6 +35,7 @@ class Sampled(NamedTuple):
 
     value: float
     draws: np.ndarray  # (resamples,)
+    groups: int  # that are drawn from; of a mean, the fewest of a language
 
     def estimate(self) -> Estimate:
         return Estimate(self.value, *interval(self.draws))
@@ -54,7 +55,7 @@ def sampled(
     """By language, and the mean over them; languages without a row that counts are left out."""
     by_language: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for row in rows:
-        if figure.needs in row:
+        if figure.counts(row):
             columns = np.asarray(figure.columns(row), float)
             groups = by_language[row["language"]]
             groups[row["group"]] = groups.get(row["group"], 0) + columns
@@ -66,6 +67,7 @@ def sampled(
         found[MEAN] = Sampled(
             float(np.mean([own.value for own in found.values()])),
             np.mean([own.draws for own in found.values()], axis=0),
+            min(own.groups for own in found.values()),
         )
     return found
 
@@ -82,7 +84,7 @@ def _of_language(
         size = min(step, resamples - start)
         times = random.multinomial(count, np.full(count, 1 / count), size=size)
         draws.append(figure.value(times @ columns))
-    return Sampled(value, np.concatenate(draws) if draws else np.zeros(0))
+    return Sampled(value, np.concatenate(draws), count)
 
 
 def difference(new: Sampled, old: Sampled) -> Estimate:

@@ -14,6 +14,8 @@ from dudi.evaluation.bootstrap import MEAN, Estimate, Sampled, difference
 from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.result import NOTHING, Result, TaskResult, _safe
 
+FEWEST = 10  # rows that an interval is believed of
+
 
 @dataclass
 class Compared:
@@ -24,12 +26,14 @@ class Compared:
     language: str  # or mean
     values: list[Estimate]
     differences: list[Estimate]  # from the baseline; NaN for itself and where there is none
+    groups: int  # of rows that were drawn from, in the result with the fewest
 
     @property
     def verdicts(self) -> list[str]:
-        """better, worse or "" where the interval holds 0, or neither direction is better."""
+        """better, worse or "" where the interval holds 0, rows are too few for one, or neither
+        direction is better."""
         better = FIGURES[self.figure].better
-        if not better:
+        if not better or self.groups < FEWEST:
             return [""] * len(self.values)
         sign = -1 if better == "lower" else 1
         return [
@@ -132,7 +136,9 @@ def _compare_task(
                 else NOTHING
                 for new, own, can in zip(tasks, sampled, paired, strict=True)
             ]
-            comparison.lines.append(Compared(name, figure, code, values, differences))
+            groups = min(own[code].groups for own in sampled if code in own)
+            line = Compared(name, figure, code, values, differences, groups)
+            comparison.lines.append(line)
 
 
 def _pair(new: TaskResult, old: TaskResult | None) -> bool:
@@ -166,5 +172,5 @@ def _difference(
 
 
 def _counted(task: TaskResult, figure: str, language: str) -> list[int]:
-    needs = FIGURES[figure].needs
-    return [row["row"] for row in task.rows if needs in row and language in (MEAN, row["language"])]
+    counts = FIGURES[figure].counts
+    return [row["row"] for row in task.rows if counts(row) and language in (MEAN, row["language"])]

@@ -1,15 +1,17 @@
 """Whether a text is in the language that was asked for: by its script, or by an identifier.
 
 Thai, Lao, Khmer, Burmese and Tamil have scripts of their own here: at least half of a text's
-letters must be of it. Languages in Latin letters are told apart by py3langid among plausible
-candidates. Indonesian and Malay are too close for short texts and count as one, as do Javanese and
-Sundanese, which the identifier does not know. `Judge.of` says why a language can't be judged.
+letters must be of it. Languages in Latin letters must be in these, and are told apart by py3langid
+among plausible candidates. Indonesian and Malay are too close in short texts and count as one, as
+do Javanese and Sundanese, which the identifier does not know. `Judge.reason` says why a language
+can't be judged.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -35,14 +37,19 @@ def mostly(text: str, script: str) -> bool:
     return bool(counts) and counts[script] >= MOSTLY * sum(counts.values())
 
 
-@lru_cache(maxsize=4)
-def identifier(languages: tuple[str, ...] | None) -> Any:
-    """py3langid's model, restricted; None where the package is not installed."""
+@lru_cache(maxsize=1)
+def whole_identifier() -> Any:
+    """py3langid's model of all its languages; None where the package is not installed."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         return None
-    found = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def identifier(languages: tuple[str, ...]) -> Any:
+    """The model, restricted to some languages; the tables are shared."""
+    found = copy(whole_identifier())
     found.set_languages(languages)
     return found
 
@@ -52,17 +59,18 @@ class Judge:
 
     def __init__(self, language: str) -> None:
         self.code = CODES.get(language.partition("-")[0], language.partition("-")[0])
-        self.script = SCRIPTS.get(self.code, "")
         self.accepted = next((group for group in TOGETHER if self.code in group), {self.code})
+        latin = "LATIN" if self.accepted & set(CANDIDATES) else ""
+        self.script = SCRIPTS.get(self.code, latin)  # "" where it is not known
         self.reason = ""
         self.identify: Any = None
-        if not self.script:
+        if self.code not in SCRIPTS:
             self.reason = self._prepare(language)
 
     def _prepare(self, language: str) -> str:
-        if identifier(None) is None:
+        if whole_identifier() is None:
             return f"{language} needs py3langid, which is not installed (pip install 'dudi[eval]')"
-        known = self.accepted & set(identifier(None).nb_classes)
+        known = self.accepted & set(whole_identifier().nb_classes)
         if not known:
             return f"{language} is not among the languages of py3langid"
         self.identify = identifier(tuple(sorted({*CANDIDATES, *known})))
@@ -74,6 +82,8 @@ class Judge:
 
     def faithful(self, text: str) -> bool:
         """Whether a text is in the language; one without letters is not."""
-        if self.script:
-            return mostly(text, self.script)
+        if self.script and not mostly(text, self.script):
+            return False
+        if self.identify is None:
+            return True
         return bool(letters(text)) and self.identify.classify(text)[0] in self.accepted

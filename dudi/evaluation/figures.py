@@ -6,7 +6,7 @@ their sums. That is all that estimates and comparisons need (bootstrap.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,14 +27,13 @@ class Figure:
     unit: str
     digits: int
     better: str  # lower, higher, or "" where neither is
-    needs: str  # a key of rows that count
+    needs: tuple[str, ...]  # keys of rows that count
     columns: Callable[[Row], Any]
     value: Callable[[np.ndarray], np.ndarray]  # (B, S) -> (B,)
 
-    def of(self, rows: Sequence[Row]) -> float:
-        """The figure of these rows; NaN where none counts."""
-        kept = [self.columns(row) for row in rows if self.needs in row]
-        return float(self.value(np.asarray(kept, float).sum(0)[None])[0]) if kept else float("nan")
+    def counts(self, row: Row) -> bool:
+        """Whether a row has what the figure is made of."""
+        return all(name in row for name in self.needs)
 
 
 def _ratio(top: str, bottom: str) -> dict[str, Any]:
@@ -42,11 +41,11 @@ def _ratio(top: str, bottom: str) -> dict[str, Any]:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
 
-    return {"needs": top, "columns": lambda row: (row[top], row[bottom]), "value": value}
+    return {"needs": (top, bottom), "columns": lambda row: (row[top], row[bottom]), "value": value}
 
 
 def _ece(name: str) -> dict[str, Any]:
-    return {"needs": name, "columns": lambda row: spread(row[name]), "value": ece}
+    return {"needs": (name,), "columns": lambda row: spread(row[name]), "value": ece}
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +69,7 @@ FIGURES = {
     "nll_per_token": Figure("NLL / token", "nats", 3, "lower", **_ratio("nll", "tokens")),
     "kl_to_teacher": Figure("KL to teacher", "nats a token", 3, "lower", **_ratio("kl", "taught")),
     "ece_tokens": Figure("ECE, tokens", "0 to 1", 3, "lower", **_ece("token_bins")),
-    "chrf++": Figure("chrF++", "0 to 100", 1, "higher", "chrf", lambda r: r["chrf"], _chrf),
+    "chrf++": Figure("chrF++", "0 to 100", 1, "higher", ("chrf",), lambda r: r["chrf"], _chrf),
     "length_ratio": Figure("length ratio", "1 is alike", 2, "", **_ratio("written", "reference")),
     "fidelity": Figure("fidelity", "share", 3, "higher", **_ratio("faithful", "judged")),
     "fidelity_of_references": Figure(

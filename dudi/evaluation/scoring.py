@@ -104,7 +104,8 @@ class Scorer:
         self, hidden: Tensor, targets: Tensor, lengths: list[int]
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         head = lm_head(self.model)
-        top = likeliest_tokens(hidden, head, 1, memory_budget=self.memory_budget)
+        # topk and a sum in float64 hold copies of a block beside it
+        top = likeliest_tokens(hidden, head, 1, memory_budget=self.memory_budget // 4)
         confidence = top.log_probs[:, 0].exp().cpu().split(lengths)
         right = (top.ids[:, 0] == targets).cpu().split(lengths)
         return list(zip(confidence, right, strict=True))

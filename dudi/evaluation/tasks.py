@@ -19,6 +19,7 @@ from dudi.evaluation.scoring import Score, Scorer, batches, check_ids
 from dudi.evaluation.sources import Absent
 from dudi.evaluation.task import Task, load_tasks
 from dudi.evaluation.writing import judges, write, written_values
+from dudi.known import KnownTeacher
 from dudi.rollout import inference_mode_of
 from dudi.signals import check_padding_free
 from dudi_kernels.plan import DEFAULT_BUDGET
@@ -93,6 +94,8 @@ def evaluate_tasks(
     _check(batch_size, generate_rows, max_completion_length, resamples)
     if padding_free:
         check_padding_free(model, "model")
+        if teacher is not None and not isinstance(teacher, KnownTeacher):
+            check_padding_free(teacher, "teacher")
     run = _run(
         model, tokenizer, teacher, bridge, batch_size, generate_rows, max_completion_length,
         max_prompt_length, padding_free, memory_budget, chat_template_kwargs,

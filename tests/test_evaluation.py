@@ -1,0 +1,344 @@
+"""Tasks' figures against dense, row by row computations in float64 that share no code with them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from rich.console import Console
+from sacrebleu.metrics.chrf import CHRF
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from dudi import cli
+from dudi.demo_data import translation_rows
+from dudi.evaluation import Task, TaskResult, evaluate_tasks, load_result, writing
+from dudi.evaluation.command import run_evaluation
+from dudi.evaluation.scoring import Scorer
+from dudi.rollout import Rollout
+
+LANGUAGES = ["en", "th"]
+
+
+def sharpened(seed: int, **settings: Any) -> Any:
+    """A tiny model whose predictions are far from uniform."""
+    model = tiny.model(seed, **settings)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+    return model
+
+
+def translation(limit: int = 5, **fields: Any) -> Task:
+    return Task.model_validate(
+        {
+            "name": "translation",
+            "source": {"builtin": "ui_strings"},
+            "language": "{{ language }}",
+            "chat": True,
+            "prompt": "{{ instruction }}",
+            "completion": "{{ reference }}",
+            "rows": {"limit": limit},
+        }
+        | fields
+    )
+
+
+def asked(limit: int = 5) -> list[dict[str, Any]]:
+    """The same rows, read by hand."""
+    rows = translation_rows("test")
+    by_language = {
+        code: [row for row in rows if row["language"] == code][:limit] for code in LANGUAGES
+    }
+    return [row for own in by_language.values() for row in own]
+
+
+def ids(text: str) -> list[int]:
+    return tiny.tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def log_probs(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """(R, V) by the model's own dense forward, in float64."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1)
+
+
+def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    text = row["completion"][0]["content"]
+    return ids(f"<|user|>{row['prompt'][0]['content']}<|end|><|assistant|>"), ids(f"{text}<|end|>")
+
+
+@torch.no_grad()
+def dense(model: Any, teacher: Any, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Figures by language; ECE by a loop over predictions."""
+    found = {}
+    for code in LANGUAGES:
+        own = [row for row in rows if row["language"] == code]
+        nll = kl = 0.0
+        predictions, count, chars, size = [], 0, 0, 0
+        for row in own:
+            prompt, answer = prompt_and_answer(row)
+            lq, lp = log_probs(model, prompt, answer), log_probs(teacher, prompt, answer)
+            nll -= sum(lq[i, token].item() for i, token in enumerate(answer))
+            kl += (lp.exp() * (lp - lq)).sum().item()
+            most, which = lq.exp().max(-1)
+            predictions += [
+                (p.item(), w.item() == a) for p, w, a in zip(most, which, answer, strict=True)
+            ]
+            count += len(answer)
+            chars += len(row["completion"][0]["content"])
+            size += len(row["completion"][0]["content"].encode())
+        found[code] = {
+            "nll_per_token": nll / count, "nll_per_char": nll / chars, "nll_per_byte": nll / size,
+            "kl_to_teacher": kl / count, "ece_tokens": calibration_error(predictions),
+        }  # fmt: skip
+    return found
+
+
+def calibration_error(predictions: list[tuple[float, bool]], bins: int = 15) -> float:
+    total = 0.0
+    for b in range(bins):
+        own = [
+            (p, right)
+            for p, right in predictions
+            if b / bins <= p < (b + 1) / bins or (p == 1 and b == bins - 1)
+        ]
+        if own:
+            sure = sum(p for p, _ in own) / len(own)
+            hit = sum(right for _, right in own) / len(own)
+            total += len(own) / len(predictions) * abs(sure - hit)
+    return total
+
+
+METRICS = {"metrics": ["nll", "kl", "calibration"]}
+
+
+@pytest.mark.parametrize(("batch_size", "padding_free"), [(1, False), (4, True), (16, False)])
+def test_likelihoods(batch_size: int, padding_free: bool) -> None:
+    model, teacher = sharpened(0), sharpened(1)
+    rows = asked()
+    expected = dense(model, teacher, rows)
+    for m in (model, teacher):
+        m.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits were made"))
+    result = evaluate_tasks(
+        model, tiny.tokenizer(), [translation(**METRICS)], teacher=teacher, languages=LANGUAGES,
+        batch_size=batch_size, padding_free=padding_free, resamples=50,
+    )  # fmt: skip
+    task = result.tasks["translation"]
+    assert task.languages == LANGUAGES and len(task.rows) == len(rows)
+    for code, values in expected.items():
+        for figure, value in values.items():
+            assert task.value(figure, code) == pytest.approx(value, rel=1e-4), (code, figure)
+    for figure in expected["en"]:
+        mean = sum(own[figure] for own in expected.values()) / len(expected)
+        low, high = task.estimate(figure)[1:]
+        assert task.value(figure) == pytest.approx(mean, rel=1e-4) and low < high
+    assert math.isnan(task.value("accuracy")) and not task.samples
+    with pytest.raises(ValueError, match=r"figure must be one of nll_per_char.*got 'bleu'"):
+        task.value("bleu")
+
+
+class Rounded(nn.Module):
+    """A linear layer kept in int8, as a quantised body has."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * self.scale).T
+
+
+@torch.no_grad()
+def test_quantised_bodies_and_adapters() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    rows, task = asked(2), translation(2, **METRICS)
+    quantised = sharpened(0)
+    for layer in quantised.model.layers:
+        layer.mlp.up_proj = Rounded(layer.mlp.up_proj)
+    adapter = get_peft_model(
+        sharpened(0, tied=False), LoraConfig(target_modules=["q_proj", "lm_head"])
+    )
+    for name, parameter in adapter.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    for model in (quantised, adapter):
+        expected = dense(model.eval(), model, rows)
+        own = evaluate_tasks(
+            model, tiny.tokenizer(), [task], languages=LANGUAGES, resamples=1
+        ).tasks["translation"]
+        assert own.value("nll_per_char", "th") == pytest.approx(
+            expected["th"]["nll_per_char"], rel=1e-4
+        )
+        assert "kl_to_teacher" not in own.figures  # no teacher
+
+
+@torch.no_grad()
+def test_no_logits_in_memory() -> None:
+    """Whatever is asked for: no block of (N, V) numbers, by torch's own profiler."""
+    model, teacher, budget = tiny.model(0), tiny.model(1), 4_000_000
+    rows = [{name: [5] * 64 for name in ("prompt_ids", "plain_prompt_ids", "completion_ids")}] * 8
+    scorer = Scorer(model, 0, teacher, memory_budget=budget)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        scorer.score(rows, confidences=True)
+    assert run.profiler is not None
+    sizes = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 0 < max(sizes) < 512 * tiny.VOCAB * 4 / 8
+
+
+def questions(path: Path, **fields: Any) -> Path:
+    """A user's own task beside its data."""
+    rows = [
+        {"q": "Call forwarding", "options": ["on", "turned off", "x y z"], "right": "turned off"},
+        {"q": "Battery", "options": ["full", "low", "gone"], "right": "full"},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (path / "items.jsonl").write_text(text, encoding="utf-8")
+    content = {
+        "name": "own", "source": {"file": "items.jsonl"}, "language": "en",
+        "prompt": "{{ q }} is", "choices": "options", "answer": "right",
+    } | fields  # fmt: skip
+    (path / "own.yaml").write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+    return path / "own.yaml"
+
+
+@torch.no_grad()
+def test_choices(tmp_path: Path) -> None:
+    model = sharpened(2)
+    task = evaluate_tasks(model, tiny.tokenizer(), [questions(tmp_path)], batch_size=2).tasks["own"]
+    right, by_bytes, predictions = [], [], []
+    for line in (tmp_path / "items.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = ids(row["q"] + " is")
+        sums = torch.tensor(
+            [
+                sum(log_probs(model, prompt, ids(o))[i, t].item() for i, t in enumerate(ids(o)))
+                for o in row["options"]
+            ]
+        )
+        sizes = torch.tensor([len(o) for o in row["options"]])
+        answer = row["options"].index(row["right"])
+        right.append(int(sums.argmax()) == answer)
+        by_bytes.append(int((sums / sizes).argmax()) == answer)
+        predictions.append((sums.softmax(0).max().item(), right[-1]))
+    assert task.value("accuracy", "en") == sum(right) / 2
+    assert task.value("accuracy_by_bytes", "en") == sum(by_bytes) / 2
+    assert task.value("ece_choices", "en") == pytest.approx(
+        calibration_error(predictions), rel=1e-4
+    )
+    assert right != by_bytes  # or the two could be one
+
+
+def parrot(say: Any) -> Any:
+    def generate(model: Any, prompts: list[Tensor], **settings: Any) -> Rollout:
+        assert settings["temperature"] == 0
+        done = [torch.tensor(say(p.tolist())) for p in prompts]
+        return Rollout(done, ["eos"] * len(done))
+
+    return generate
+
+
+def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """chrF++ is sacrebleu's own of the corpus; the first rows are generated; silence is no Thai."""
+    known = {tuple(prompt_and_answer(row)[0]): row for row in asked(4)}
+
+    def say(prompt: list[int]) -> list[int]:
+        row = known[tuple(prompt)]
+        answer = prompt_and_answer(row)[1]
+        return [1] if row["language"] == "th" else [*answer[: len(answer) // 2], 1]
+
+    monkeypatch.setattr(writing, "generate", parrot(say))
+    task = translation(4, metrics=["chrf", "length_ratio", "fidelity"])
+    own = evaluate_tasks(
+        tiny.model(), tiny.tokenizer(), [task], languages=LANGUAGES, generate_rows=3, batch_size=2
+    ).tasks["translation"]
+    assert len(own.samples) == 6 and len(own.rows) == 8 and "nll_per_char" not in own.figures
+    for code in LANGUAGES:
+        written = [s for s in own.samples if s["language"] == code]
+        texts, references = ([s[k] for s in written] for k in ("generation", "reference"))
+        expected = CHRF(word_order=2).corpus_score(texts, [references]).score
+        assert own.value("chrf++", code) == pytest.approx(expected)
+        lengths = sum(map(len, texts)) / sum(map(len, references))
+        assert own.value("length_ratio", code) == pytest.approx(lengths, abs=0.05)
+    assert own.value("fidelity", "th") == 0 and own.value("fidelity_of_references", "th") == 1
+    assert 0 < own.value("chrf++", "en") < 100
+
+
+def test_texts_without_prompts_or_ends(tmp_path: Path) -> None:
+    """An empty prompt is the tokenizer's EOS where it has no BOS; `ends: false` leaves it out."""
+    (tmp_path / "text.jsonl").write_text('{"text": "Hello world"}\n', encoding="utf-8")
+    fields = {
+        "name": "text", "source": {"file": str(tmp_path / "text.jsonl")},
+        "completion": "{{ text }}", "metrics": ["nll"],
+    }  # fmt: skip
+    model, answer = sharpened(0), ids("Hello world")
+    with torch.no_grad():
+        lq = log_probs(model, [1], [*answer, 1])
+    nll = [-lq[i, token].item() for i, token in enumerate([*answer, 1])]
+    for ends, expected in ((True, sum(nll)), (False, sum(nll[:-1]))):
+        task = Task.model_validate(fields | {"ends": ends})
+        own = evaluate_tasks(model, tiny.tokenizer(), [task], resamples=1).tasks["text"]
+        (row,) = own.rows
+        assert row["nll"] == pytest.approx(expected, rel=1e-4)
+        assert (row["language"], row["chars"], row["tokens"]) == ("all", 11, len(answer) + ends)
+
+
+def test_absent_data_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    tiny.model().save_pretrained(tmp_path / "run" / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "run" / "model")
+    result = run_evaluation(
+        str(tmp_path / "run" / "model"), tasks=["udhr", translation(1, **METRICS)],
+        data_dir=str(tmp_path), languages=["th"], output=tmp_path / "run" / "tasks.json",
+        console=Console(file=screen, width=120),
+    )  # fmt: skip
+    assert "udhr.jsonl is not there: `dudi eval-data` fetches it" in result.skipped["udhr"]
+    assert "udhr was skipped" in screen.getvalue() and "NLL / char" in screen.getvalue()
+    read = load_result(tmp_path / "run")
+    assert (read.name, read.skipped) == ("run", result.skipped)
+    own: TaskResult = read.tasks["translation"]
+    assert own.figures == result.tasks["translation"].figures
+    assert read.to_dict() == json.loads((tmp_path / "run" / "tasks.json").read_text())
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"generate_rows": -1}, "generate_rows must be at least 0, got -1"),
+        ({"resamples": 0}, "resamples must be at least 1, got 0"),
+        ({"tasks": []}, "tasks must not be empty"),
+        ({"tasks": ["udhr", "udhr"]}, "different names, got 'udhr' twice"),
+        ({"tasks": ["nowhere"]}, "YAML file or one of mediawiki, .*got 'nowhere'"),
+        ({"teacher": 99}, "teacher must share the model's vocabulary of 16384, got 99"),
+        ({"model": 99}, "task translation must hold ids of the model's vocabulary of 99, got"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    for name in {"model", "teacher"} & change.keys():
+        change = {name: tiny.model(vocab=change[name])}
+    arguments = {"model": tiny.model(), "tasks": [translation(1, **METRICS)], **change}
+    with pytest.raises(ValueError, match=message):
+        evaluate_tasks(tokenizer=tiny.tokenizer(), **arguments)
+
+
+def test_bad_results_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tasks.json"
+    for text, message in (
+        ("{", "must hold JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ('{"format": 9}', "with format 1, got format 9"),
+        ('{"format": 1, "tasks": {}}', "it lacks 'name'"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert cli.main(["compare", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "tasks.json" in error
