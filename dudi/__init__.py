@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dudi.config import DuDiConfig
+    from dudi.export import export_model
     from dudi.trainer import DuDiTrainer
     from dudi.verbalize import ContextVerbalizer
 
 __version__ = "0.1.0"
-__all__ = ["ContextVerbalizer", "DuDiConfig", "DuDiTrainer", "__version__"]
+__all__ = ["ContextVerbalizer", "DuDiConfig", "DuDiTrainer", "__version__", "export_model"]
 
 _HOMES = {
     "ContextVerbalizer": "dudi.verbalize",
     "DuDiConfig": "dudi.config",
     "DuDiTrainer": "dudi.trainer",
+    "export_model": "dudi.export",
 }
 
 

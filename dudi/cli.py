@@ -1,5 +1,5 @@
 """The `dudi` command: train, plan, evaluate, compare, eval-data, verbalize, lexicon, respond,
-cache-teacher, report, demo.
+cache-teacher, report, export, seahelm, ablate, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -177,6 +177,67 @@ class AblateArguments:
 
 
 @dataclass(kw_only=True)
+class ExportArguments:
+    model_name_or_path: str = _option(
+        "A run's folder, its model or a checkpoint, a model's or adapter's folder, or a Hub id."
+    )
+    output_dir: str = _option("The folder to write: new or empty.")
+    dtype: str | None = _option(
+        "float32, bfloat16 or float16; by default the weights' own, of an adapter its base's.", None
+    )
+    license: str | None = _option("Of the model card, such as apache-2.0.", None)
+    base_model: str | None = _option("Of the model card: a Hub id; by default the student.", None)
+    evaluation: str | None = _option(
+        "For the model card: a file of dudi evaluate --output; by default the run's own.", None
+    )
+    overwrite: bool = _option("Replace an earlier export in output_dir.", False)
+
+
+@dataclass(kw_only=True)
+class SeahelmPrepareArguments:
+    model_name_or_path: str = _option("As of dudi export.")
+    output_dir: str = _option("The folder to write: new or empty.")
+    languages: str | list[str] | None = _option(
+        "Such as id,th,vi; by default id, vi, th, ta, tl (Filipino), ms, my.", None
+    )
+    no_judge_tasks: bool = _option("Leave out what an LLM judges.", False)
+    no_metricx: bool = _option("Leave out translation, scored by MetricX-24 XXL (13B).", False)
+    base_model: bool = _option(
+        "Ask with five examples and no chat template, without tasks that need instructions.", False
+    )
+    chat_template: str | None = _option("A Jinja file; by default the tokenizer's own.", None)
+    name: str | None = _option("The model's name in the results; by default the run's.", None)
+    model_type: str = _option("What serves it: vllm, online_vllm or online_sglang.", "vllm")
+    model_args: str | None = _option(
+        "name=value,... for it; by default prefix caching and all GPUs, with the run's switches "
+        "of the chat template.",
+        None,
+    )
+    dtype: str | None = _option("As of dudi export.", None)
+    overwrite: bool = _option("Replace what an earlier call prepared in output_dir.", False)
+
+
+@dataclass(kw_only=True)
+class SeahelmRunArguments:
+    prepared: str = _option("The folder that dudi seahelm prepare wrote.")
+    checkout: str = _option("A folder with SEA-HELM; it is not changed.")
+    output_dir: str | None = _option("For the results; by default results in prepared.", None)
+    seeds: list[int] | None = _option(
+        "One run each, such as [1, 2, 3]; by default SEA-HELM's own eight.", None
+    )
+    python: str | None = _option("The interpreter; by default uv run in the checkout.", None)
+    limit: int | None = _option("Rows of a task at most, to try things out.", None)
+    dry_run: bool = _option("Print the commands and start nothing.", False)
+
+
+@dataclass(kw_only=True)
+class SeahelmReportArguments:
+    results: list[str] = _option("Folders that SEA-HELM wrote to, or result files.")
+    output_dir: str | None = _option("Write seahelm.json, .md and .html to this folder.", None)
+    tasks: bool = _option("Tasks in the terminal's table too.", False)
+
+
+@dataclass(kw_only=True)
 class DemoArguments:
     output_dir: str | None = _option("By default runs/demo, or runs/demo-teacher.", None)
     seed: int = _option("Seed of the students, their data order and samples.", 0)
@@ -339,6 +400,55 @@ def report(words: list[str], console: Console) -> None:
     console.print(str(write_report(arguments.run_dir, arguments.output)), soft_wrap=True)
 
 
+def export(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    arguments = read_arguments(ExportArguments, words)
+    from dudi.export import export_model
+    from dudi.run import quiet_libraries
+
+    quiet_libraries()
+    export_model(**vars(arguments), console=console)
+
+
+SEAHELM = {
+    "prepare": SeahelmPrepareArguments,
+    "run": SeahelmRunArguments,
+    "report": SeahelmReportArguments,
+}
+
+
+def seahelm(words: list[str], console: Console) -> None:
+    from dudi.config import read_arguments
+
+    name, rest = (words[0], words[1:]) if words else ("", [])
+    if name not in SEAHELM:
+        raise ValueError(f"dudi seahelm must be followed by {', '.join(SEAHELM)}, got {name!r}")
+    if name == "report":
+        rest = _named_results(rest)
+    arguments = vars(read_arguments(SEAHELM[name], rest))
+    if name == "prepare":
+        from dudi.run import quiet_libraries
+        from dudi.seahelm.prepare import prepare
+
+        quiet_libraries()
+        prepare(**arguments, console=console)
+    elif name == "run":
+        from dudi.seahelm.launch import run_seahelm
+
+        run_seahelm(**arguments, console=console)
+    else:
+        from dudi.seahelm.report import run_report
+
+        run_report(**arguments, console=console)
+
+
+def _named_results(words: list[str]) -> list[str]:
+    """`A B --tasks` as `--results [A, B] --tasks`."""
+    n = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    return words if n == 0 else ["--results", json.dumps(words[:n]), *words[n:]]
+
+
 def demo(words: list[str], console: Console) -> None:
     from dudi.config import read_arguments
 
@@ -470,6 +580,11 @@ def shows_with_recipe(cls: type) -> Callable[[Console], None]:
     return show
 
 
+def show_seahelm_options(console: Console) -> None:
+    for name, cls in SEAHELM.items():
+        show_options(console, f"Options of {name}", rows_of(cls).values())
+
+
 @dataclass(frozen=True)
 class Command:
     run: Callable[[list[str], Console], None]
@@ -544,6 +659,18 @@ COMMANDS = {
         shows(AblateArguments),
         "dudi ablate --config grid.yaml [--workers N] [--only method=NAME,...] [--dry_run]",
         "Run a grid of methods, settings and seeds, and report what differs by how much.",
+    ),
+    "export": Command(
+        export,
+        shows(ExportArguments),
+        "dudi export --model_name_or_path CHECKPOINT --output_dir OUT [--name value ...]",
+        "Write a checkpoint as one whole model: adapters merged, tokenizer, model card.",
+    ),
+    "seahelm": Command(
+        seahelm,
+        show_seahelm_options,
+        "dudi seahelm prepare|run|report [RESULTS ...] [--name value ...]",
+        "Evaluate a checkpoint with SEA-HELM: export it, run it with seeds, report.",
     ),
     "demo": Command(
         demo,

@@ -11,7 +11,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -37,12 +37,13 @@ class _Worker:
 
     def ask(self, task: Any) -> None:
         self.task = task
-        self.pipe.send(task)
+        with suppress(OSError):  # one that died at its start: `answer` tells
+            self.pipe.send(task)
 
     def answer(self) -> Outcome:
         try:
             error, details = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             error, details = f"its process ended with exit code {self.process.exitcode}", ""
         task, self.task = self.task, None
