@@ -8,9 +8,9 @@ The result has every test row's additive values (dudi.evaluation), which all sta
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import read_jsonl, write_text
 from dudi.config import from_options
 from dudi.demo_data import LANGUAGES, data_path
-from dudi.evaluation.bootstrap import MEAN
+from dudi.evaluation.bootstrap import MEAN, sampled
 from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.result import TaskResult
 from dudi.evaluation.task import Rows, Source, Task, load_task
@@ -256,7 +256,7 @@ def _kept(task: TaskResult) -> dict[str, Any]:
         taken[sample["language"]] = taken.get(sample["language"], 0) + 1
         if taken[sample["language"]] <= SAMPLES:
             samples.append(sample)
-    figures = [name for name, f in FIGURES.items() if any(f.needs in row for row in task.rows)]
+    figures = [n for n, figure in FIGURES.items() if any(map(figure.counts, task.rows))]
     return {
         "data": {"items": task.data["items"], "sha256": task.data["sha256"]},
         "values": _values(task, figures),
@@ -267,13 +267,8 @@ def _kept(task: TaskResult) -> dict[str, Any]:
 
 def _values(task: TaskResult, figures: list[str]) -> dict[str, dict[str, float]]:
     """By figure, then by language and in the unweighted mean over these."""
-    found: dict[str, dict[str, float]] = {}
-    for name in figures:
-        figure = FIGURES[name]
-        own: Mapping[str, float] = {
-            code: figure.of([row for row in task.rows if row["language"] == code])
-            for code in task.languages
-        }
-        told = {code: value for code, value in own.items() if value == value}
-        found[name] = {**told, MEAN: sum(told.values()) / len(told)}
-    return found
+    found = {name: sampled(FIGURES[name], task.rows, seed=0, resamples=1) for name in figures}
+    return {
+        name: {language: v.value for language, v in own.items() if math.isfinite(v.value)}
+        for name, own in found.items()
+    }

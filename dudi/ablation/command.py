@@ -49,6 +49,10 @@ OVERHEAD = 25.0  # CPU seconds that a cell takes beside its steps: reading, toke
 SMOLLM2_COST = 2.5  # seconds a step of eight rows for its teacher
 
 
+class CellsFailed(RuntimeError):
+    """Some did; the message names them."""
+
+
 def run_ablation(
     config: str | Path,
     output_dir: str | Path = "runs/ablation",
@@ -63,7 +67,7 @@ def run_ablation(
     """Run a grid, or what `only` selects of it, and write its report; returns the folder.
 
     `report` writes it from what is done; `docs` is a Markdown file whose tables are replaced too.
-    Raises RuntimeError, once all the others are done, where a cell failed.
+    Raises CellsFailed, once all the others are done, where a cell failed.
     """
     console, folder = console or Console(), Path(output_dir)
     if workers < 1:
@@ -78,10 +82,12 @@ def run_ablation(
         quiet_libraries()
         folder.mkdir(parents=True, exist_ok=True)
         run.everything(wanted)
-    pages = write_ablation_report(grid, folder, run.done(cells_of(grid)), run.measured(), docs)
-    console.print(f"[bold]ablate[/] {pages[0]}", soft_wrap=True)
+    done = run.done(cells_of(grid))
+    if done or not run.failed:
+        pages = write_ablation_report(grid, folder, done, run.measured(), docs)
+        console.print(f"[bold]ablate[/] {pages[0]}", soft_wrap=True)
     if run.failed:
-        raise RuntimeError(
+        raise CellsFailed(
             f"{len(run.failed)} failed: {', '.join(sorted(run.failed))}; tracebacks are in "
             f"{folder / ERRORS}. The same command tries them again."
         )

@@ -55,7 +55,7 @@ def values_of(figure_name: str, by_seed: Mapping[int, Rows], salt: int = 0) -> d
     Every call with the same groups draws the same rows, so that methods can be paired.
     """
     figure = FIGURES[figure_name]
-    kept = {seed: [r for r in rows if figure.needs in r] for seed, rows in by_seed.items()}
+    kept = {seed: [r for r in rows if figure.counts(r)] for seed, rows in by_seed.items()}
     groups = sorted({str(row["group"]) for rows in kept.values() for row in rows})
     if not groups:
         return {}
