@@ -278,7 +278,7 @@ def test_a_grid_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Run in part, then in whole; done cells are kept, changed and spoilt ones run again."""
     monkeypatch.setenv("DUDI_EVAL_DATA", str(tmp_path / "nothing"))
     config, out, docs = write_grid(tmp_path), tmp_path / "out", tmp_path / "results.md"
-    docs.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    docs.write_text(f"before\n{BEGIN}\nobsolete\n{END}\nafter\n", encoding="utf-8")
     run_ablation(config, out, only="seed=0", console=QUIET)
     first = stamps(out)
     assert len(first) == 4
@@ -293,7 +293,7 @@ def test_a_grid_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 < result["curve"][0]["seconds"] < result["seconds"]
     assert result["skipped"]["udhr"] and result["cell"]["options"]["rollout_steps"] == 2
     text = docs.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "obsolete" not in text
     assert "All 8 cells are done." in text and "Differences to DuDi" in text
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     own = report["settings"]["main"]["dudi"]
