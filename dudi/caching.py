@@ -9,7 +9,8 @@ source is what is asked: hidden states or likeliest tokens of a model, or a serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,18 +25,20 @@ from dudi.config import DuDiConfig, ScriptArguments
 from dudi.rollout import inference_mode_of
 from dudi.run import build_trainer, quiet_libraries
 from dudi.served import ServedTeacher
-from dudi.shards import Shards, ShardWriter, open_named, save_named
+from dudi.shards import DamagedError, Shards, ShardWriter, open_named, save_named, set_aside
 from dudi.signals import lm_head, vocab_size
 from dudi.teacher_cache import (
     AGAIN,
     CACHE_FILE,
     HEAD,
+    LEFT_OUT,
     TOKENIZER,
     About,
     Entry,
     columns_asked,
     entries,
     read_about,
+    read_left_out,
     states_of,
     teacher_identity,
 )
@@ -56,8 +59,8 @@ class Source(Protocol):
     def begin(self, folder: Path) -> About:
         """Write what goes beside the answers."""
 
-    def answers(self, asked: Sequence[Entry]) -> Iterator[Rows]:
-        """What is stored for each."""
+    def answers(self, asked: Sequence[Entry]) -> Iterator[Rows | str]:
+        """What is stored for each, or why there is nothing to store."""
 
 
 def _named(model: Any) -> str:
@@ -139,8 +142,7 @@ def begin(folder: Path, source: Source, tokenizer: Any) -> About:
         folder.mkdir(parents=True, exist_ok=True)
         about = source.begin(folder)
         tokenizer.save_pretrained(folder / TOKENIZER)
-        content = asdict(about) | {"digest": about.digest}
-        write_text(folder / CACHE_FILE, json.dumps(content, indent=1))
+        _write_about(folder, about)
         return about
     there, own = read_about(folder), source.about()
     if there.header != own.header:
@@ -150,6 +152,11 @@ def begin(folder: Path, source: Source, tokenizer: Any) -> About:
             f"{' and '.join(changed)}: choose another folder"
         )
     return there
+
+
+def _write_about(folder: Path, about: About) -> None:
+    content = asdict(about) | {"digest": about.digest}
+    write_text(folder / CACHE_FILE, json.dumps(content, indent=1))
 
 
 def _differ(one: About, other: About, name: str) -> bool:
@@ -181,29 +188,68 @@ def write_cache(
     shard_bytes: int = 2**28,
     tell: Tell | None = None,
 ) -> tuple[int, int]:
-    """Fill the folder with the answers to `asked`; what is there is kept.
+    """Fill the folder with the answers to `asked`; what is there is kept, what is damaged is set
+    aside and made again.
 
     Returns how many entries were made and how many were there. A shard is written whenever
-    `shard_bytes` are full, so that much is lost when the process is killed.
+    `shard_bytes` are full, so that much is lost when the process is killed. What the source has no
+    answer to is listed in left_out.jsonl.
     """
-    about = begin(folder, source, tokenizer)
-    done = Shards(folder, about.header, AGAIN)
-    if about.head:
-        open_named(folder / about.head, about.header, AGAIN)
+    about = _whole(folder, begin(folder, source, tokenizer), source)
+    damaged: list[DamagedError] = []
+    done = Shards(folder, about.header, AGAIN, damaged)
+    for error in damaged:
+        _set_aside(error)
     wanted = {entry.key(about.identity): entry for entry in asked}
     left = [(key, entry) for key, entry in wanted.items() if key not in done]
     left.sort(key=lambda item: len(item[1].prompt) + len(item[1].response))
     writer = ShardWriter(folder, about.header, shard_bytes)
+    refused: dict[bytes, str] = {}
     for start in range(0, len(left), batch_size):
         batch = left[start : start + batch_size]
         for (key, _), rows in zip(
             batch, source.answers([entry for _, entry in batch]), strict=True
         ):
-            writer.add(key, rows)
+            if isinstance(rows, str):
+                refused[key] = rows
+            else:
+                writer.add(key, rows)
         if tell is not None:
             tell(start + len(batch), len(left))
     writer.flush()
-    return len(left), len(wanted) - len(left)
+    _write_left_out(folder, wanted, refused)
+    return len(left) - len(refused), len(wanted) - len(left)
+
+
+def _whole(folder: Path, about: About, source: Source) -> About:
+    """With the head made again where it is damaged."""
+    if about.head:
+        try:
+            open_named(folder / about.head, about.header, AGAIN)
+        except DamagedError as error:
+            _set_aside(error)
+            about = source.begin(folder)
+            _write_about(folder, about)
+    return about
+
+
+def _set_aside(error: DamagedError) -> None:
+    aside = set_aside(error.path)
+    warnings.warn(f"{error.path} is damaged: kept as {aside.name}, made again", stacklevel=4)
+
+
+def _write_left_out(folder: Path, wanted: Collection[bytes], refused: Mapping[bytes, str]) -> None:
+    """Beside those of other recipes, which were not asked again."""
+    kept = {k: reason for k, reason in read_left_out(folder).items() if k not in wanted}
+    lines = [{"key": k.hex(), "reason": reason} for k, reason in {**kept, **refused}.items()]
+    if lines or (folder / LEFT_OUT).exists():
+        write_text(folder / LEFT_OUT, "".join(json.dumps(line) + "\n" for line in lines))
+    if refused:
+        warnings.warn(
+            f"{len(refused)} of {len(wanted)} entries have no usable answer and are left out "
+            f"({folder / LEFT_OUT}); the first: {next(iter(refused.values()))}",
+            stacklevel=4,
+        )
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -260,6 +306,10 @@ def run_caching(
         raise ValueError(
             "off_policy_weight must be positive: nothing else asks a teacher about the given "
             "responses, which are what a cache holds"
+        )
+    if config.world_size > 1:
+        raise ValueError(
+            f"a cache must be made in one process, got {config.world_size}: leave torchrun out"
         )
     quiet_libraries()
     config.teacher_cache = None

@@ -88,6 +88,7 @@ def run_mismatches(current: dict[str, Any], checkpoint: Path) -> list[str]:
         return [
             *resume_mismatches(saved["config"], current["config"]),
             *_adapter_mismatches(saved["adapter"], current["adapter"]),
+            *_teacher_mismatches(saved["teacher"], current["teacher"]),
             *_data_mismatches(saved["data"], current["data"]),
             *_map_mismatches(saved["map"], current["map"]),
         ]
@@ -104,6 +105,12 @@ def _adapter_mismatches(saved: dict[str, Any] | None, current: dict[str, Any] | 
         for name in sorted(saved.keys() | current.keys())
         if saved.get(name) != current.get(name)
     ]
+
+
+def _teacher_mismatches(saved: str | None, current: str | None) -> list[str]:
+    if saved == current:
+        return []
+    return [f"the teacher was {saved or 'none'}, is {current or 'none'}"]
 
 
 def _data_mismatches(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -241,8 +241,8 @@ class DuDiConfig(TrainingArguments):
     )
     bad_rows: str = _field(
         "error",
-        "What happens to rows that can't be read or tokenized: error, or skip (they are listed in "
-        "bad_rows.jsonl).",
+        "What happens to rows that can't be read or tokenized, or whose teacher's answer is "
+        "damaged in a cache or rubbish from a server: error, or skip (bad_rows.jsonl lists them).",
     )
     chat_template_kwargs: dict[str, Any] | None = _field(
         None, "Switches of both chat templates, such as {enable_thinking: false}."
@@ -352,6 +352,10 @@ class DuDiConfig(TrainingArguments):
         return self.off_policy_weight > 0 or self.on_policy_weight > 0 or scored
 
     @property
+    def skips_bad(self) -> bool:
+        return self.bad_rows == "skip"
+
+    @property
     def weighs_rollouts(self) -> bool:
         """Whether log-probabilities are kept of the policy that drew a sample."""
         return self.rollout_importance and self.rollout_steps > 1 and self.on_policy_weight > 0
@@ -373,6 +377,11 @@ class DuDiConfig(TrainingArguments):
         return self.verbalized_share < 1 or (
             self.confidence_gating > 0 and self.off_policy_weight > 0
         )
+
+    @property
+    def plain_sides(self) -> tuple[int, ...]:
+        """Of which it does: y- are not gated, only mixed."""
+        return (0, 1) if self.verbalized_share < 1 else (0,)
 
     @property
     def taught_sides(self) -> tuple[int, ...]:
@@ -714,7 +723,8 @@ FREE_TO_CHANGE = (
     "per_device_eval_batch_size", "load_best", "metric_for", "greater_is_better", "include_",
     "skip_memory", "do_", "debug",
     "memory_budget", "project", "trackio", "resume_from", "restore_callback", "use_cpu", "ddp_",
-    "verbalizer_cache_dir", "served_timeout", "served_retries", "served_concurrency",
+    "verbalizer_cache_dir", "served_timeout", "served_retries", "served_concurrency", "bad_rows",
+    "teacher_cache", "teacher_url",  # whose answers they are is compared
 )  # fmt: skip
 
 

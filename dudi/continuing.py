@@ -27,7 +27,6 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from dudi.bridge import Bridge
 from dudi.callbacks import METRICS_FILE, Continuity, write_text
 from dudi.checkpoints import (
-    BAD_ROWS_FILE,
     CONFIG_FILE,
     STATE_FILE,
     WINDOW_FILE,
@@ -40,9 +39,18 @@ from dudi.config import DuDiConfig, to_public_dict
 from dudi.data import content_hash
 from dudi.finite import NonFiniteLossError, gradients_are_finite, weights_are_finite
 from dudi.meter import Meter
+from dudi.quarantine import Quarantine
 from dudi.reference import KnownScores
 from dudi.sampling import Sampling
-from dudi.saving import STAGING, discard_staging, disk_errors, put_in_place, seal, sync
+from dudi.saving import (
+    STAGING,
+    discard_staging,
+    disk_errors,
+    put_in_place,
+    run_disk_errors,
+    seal,
+    sync,
+)
 from dudi.sharding import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from dudi.signals import causal_lm
 
@@ -53,7 +61,7 @@ class ContinuingTrainer(Trainer):
     args: DuDiConfig
     model: Any
     train_dataset: Any
-    bad_rows: list[dict[str, Any]]  # left out
+    quarantine: Quarantine
     bridge: Bridge
     known_scores: KnownScores
     meter: Meter
@@ -61,6 +69,7 @@ class ContinuingTrainer(Trainer):
     sampling: Sampling
     sharded: bool  # by FSDP2
     _adapter: dict[str, Any] | None
+    _whose: str | None  # the teacher's identity
 
     def __init__(self, *, callbacks: list[Any], **kwargs: Any) -> None:
         self._continuity = Continuity()
@@ -98,6 +107,8 @@ class ContinuingTrainer(Trainer):
         if "loss" in logs:
             logs |= self.meter.drain(self.accelerator)
             logs["num_tokens"] = float(self.state.num_input_tokens_seen)
+            if self.args.skips_bad:
+                logs["bad_rows"] = float(len(self.quarantine))
         if "train_loss" in logs:  # of the whole run, not of the part since a checkpoint
             whole = self._earlier_loss + self._total_loss_scalar
             logs["train_loss"] = whole / max(1, self.state.global_step)
@@ -118,9 +129,6 @@ class ContinuingTrainer(Trainer):
         self.sampling.clear()
         if self.args.should_save:
             discard_staging(self._run_dir)
-            if self.bad_rows:
-                lines = "".join(json.dumps(row) + "\n" for row in self.bad_rows)
-                write_text(self._run_dir / BAD_ROWS_FILE, lines)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
             self._load_samples(checkpoint)
@@ -129,7 +137,8 @@ class ContinuingTrainer(Trainer):
             self._window = json.loads((checkpoint / WINDOW_FILE).read_text(encoding="utf-8"))
         self._continuity.install()
         try:
-            return super().train(str(checkpoint) if checkpoint else None, **kwargs)
+            with run_disk_errors(self._run_dir, self._how_to_go_on):
+                return super().train(str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self._continuity.remove()
 
@@ -177,6 +186,7 @@ class ContinuingTrainer(Trainer):
         return {
             "config": to_public_dict(self.args),
             "adapter": self._adapter,
+            "teacher": self._whose,
             "data": {"rows": len(train), "content": content_hash(train)},
             "map": self.bridge.fingerprint,
         }

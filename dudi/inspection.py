@@ -168,6 +168,9 @@ def run_inspection(
         raise ValueError(f"page must be a file, got the folder {str(page)!r}")
     if not config.needs_teacher:
         raise ValueError("there must be a teacher to look at: no signal of this recipe needs one")
+    for name in ("teacher_cache", "teacher_url"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} must be left out: a live teacher is needed to look at")
     quiet_libraries()
     data = load_data(
         str(script.dataset_name), name=script.dataset_config, split=script.dataset_train_split

@@ -7,15 +7,26 @@ student's own. Both come from a cache (teacher_cache.py), the second also from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from dudi.bridge import Bridge
+    from dudi.config import DuDiConfig
     from dudi.signals import Packed
     from dudi_kernels import LMHead, TopKTeacher
+
+# of a `KnownTop`: what it can't be asked for, and the value that asks for nothing
+NEUTRAL = {
+    "temperature": 1.0,
+    "teacher_top_p": 1.0,
+    "gradient_tolerance": 0.0,
+    "verbalized_share": 1.0,
+    "confidence_gating": 0.0,
+}
 
 
 class Sequence(NamedTuple):
@@ -34,6 +45,11 @@ class KnownTeacher(nn.Module):
         self.config = SimpleNamespace(_name_or_path=tokenizer or "")
         self.vocab_size, self.what = vocab_size, what
 
+    @property
+    def identity(self) -> str:
+        """Another one's is another: what a run that goes on must agree with."""
+        raise NotImplementedError
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"{self.what} has no body to run: this needs a live teacher")
 
@@ -49,10 +65,18 @@ class KnownStates(KnownTeacher):
         raise NotImplementedError
 
 
+class Answers(NamedTuple):
+    """What is known of packed sequences."""
+
+    top: TopKTeacher  # of (N, k)
+    lost: Mapping[int, str]  # segments without a usable answer, and why
+
+
 class KnownTop(KnownTeacher):
     """A teacher whose likeliest tokens are known."""
 
-    def top(self, packed: Packed) -> TopKTeacher:  # of (N, k)
+    def top(self, packed: Packed) -> Answers:
+        """The rows of what is `lost` are any that are valid."""
         raise NotImplementedError
 
 
@@ -63,3 +87,29 @@ def sequences(packed: Packed) -> Iterator[Sequence]:
             whole = ids[seen.bool()].tolist()
             start = len(whole) - int(rows.sum())
             yield Sequence(whole[:start], whole[start:])
+
+
+def check_known(teacher: KnownTop, bridge: Bridge, args: DuDiConfig, size: int) -> None:
+    """Raise ValueError for what can't be had of a teacher's likeliest tokens."""
+    for name, wanted in NEUTRAL.items():
+        if getattr(args, name) != wanted:
+            raise ValueError(
+                f"{name} must be {wanted} with {teacher.what}, whose likeliest tokens alone are "
+                f"known, got {getattr(args, name)}"
+            )
+    if args.teacher_temperature not in (None, 1.0):
+        raise ValueError(
+            f"teacher_temperature must be 1 with {teacher.what}, got {args.teacher_temperature}"
+        )
+    if args.preference_weight > 0 and args.reference == "teacher":
+        raise ValueError(f"reference must not be 'teacher' with {teacher.what}: use initial")
+    if bridge.pairing is not None or bridge.verbalizer is not None:
+        raise ValueError(
+            f"{teacher.what} must have the student's tokenizer, and there must be no lexicon or "
+            "other map of the vocabularies: its likeliest tokens are compared as they are"
+        )
+    if (teacher.vocab_size or 0) > size:
+        raise ValueError(
+            f"{teacher.what} was cached for a head of {teacher.vocab_size} rows at least, the "
+            f"student's has {size}"
+        )

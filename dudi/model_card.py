@@ -17,8 +17,10 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dudi.callbacks import checked_object
+from dudi.evaluation.figures import FIGURES as FIGURES_OF_TASKS
+from dudi.evaluation.result import Result
 from dudi.models import looks_like_a_path
-from dudi.report_figures import FIGURES, count, language_name, number, option
+from dudi.report_figures import FIGURES, Figure, count, language_name, number, option
 
 if TYPE_CHECKING:
     from dudi.export import Source
@@ -34,6 +36,15 @@ SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "max_prompt_length",
     "max_completion_length", "seed",
 )  # fmt: skip
+
+ALL_FIGURES = (
+    *FIGURES,
+    *(
+        Figure(key, f.title, f.unit, f.digits, f.better == "lower")
+        for key, f in FIGURES_OF_TASKS.items()
+        if f.better and key not in {figure.key for figure in FIGURES}
+    ),
+)
 
 
 def is_hub_id(name: Any) -> bool:
@@ -65,6 +76,8 @@ def read_evaluations(file: str | None, run: Path | None) -> dict[str, dict[str, 
         raise ValueError(f"evaluation {file!r} can't be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"evaluation {str(path)!r} must hold JSON: {error}") from error
+    if "format" in found:
+        return _of_tasks(Result.from_dict(found, f"evaluation {str(path)!r}"))
     for name, values in found.items():
         if not isinstance(values, dict) or not isinstance(values.get("languages"), dict):
             raise ValueError(
@@ -74,10 +87,28 @@ def read_evaluations(file: str | None, run: Path | None) -> dict[str, dict[str, 
     return found
 
 
+def _of_tasks(result: Result) -> dict[str, dict[str, Any]]:
+    """A result's tasks as evaluations by name, values alone."""
+    return {
+        name: {
+            "task": name,
+            "languages": {
+                code: {
+                    figure: own[code].value
+                    for figure, own in task.figures.items()
+                    if code in own and math.isfinite(own[code].value)
+                }
+                for code in task.languages
+            },
+        }
+        for name, task in result.tasks.items()
+    }
+
+
 def _figures(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A table for each figure that was measured: a line a language, a column an evaluation."""
     tables = []
-    for figure in FIGURES:
+    for figure in ALL_FIGURES:
         lines = {}
         for code in dict.fromkeys(c for e in evaluations.values() for c in e["languages"]):
             values = [
@@ -91,22 +122,23 @@ def _figures(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _results(evaluations: dict[str, dict[str, Any]], data: str) -> list[EvalResult]:
-    """The last evaluation (of a run: after training) for the card's front matter."""
+    """Of a run the last evaluation (after training), of tasks all, for the front matter."""
     if not evaluations:
         return []
-    last = list(evaluations.values())[-1]["languages"]
+    tasks = [e for e in evaluations.values() if "task" in e] or list(evaluations.values())[-1:]
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=data if is_hub_id(data) else "held-out",
-            dataset_name=f"{public(data)}, {language_name(code)}",
+            dataset_type=own.get("task") or (data if is_hub_id(data) else "held-out"),
+            dataset_name=f"{own.get('task') or public(data)}, {language_name(code)}",
             dataset_config=code,
             metric_type=figure.key,
             metric_name=f"{figure.title} ({figure.unit})",
             metric_value=round(float(values[figure.key]), 5),
         )
-        for code, values in last.items()
-        for figure in FIGURES
+        for own in tasks
+        for code, values in own["languages"].items()
+        for figure in ALL_FIGURES
         if isinstance(values.get(figure.key), (int, float)) and math.isfinite(values[figure.key])
     ]
 

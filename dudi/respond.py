@@ -116,7 +116,8 @@ def as_example(row: Mapping[str, Any]) -> Whole:
     whole = dict(row)
     turns = whole.pop("messages", None) if whole.get("prompt") is None else None
     if turns is not None:
-        ends = bool(turns) and turns[-1].get("role") == "assistant"
+        last = turns[-1] if turns else None
+        ends = isinstance(last, Mapping) and last.get("role") == "assistant"
         whole["prompt"] = turns[:-1] if ends else turns
         whole["completion"] = turns[-1:] if ends else None
     answered = bool(whole.get("completion"))
@@ -127,8 +128,14 @@ def as_example(row: Mapping[str, Any]) -> Whole:
     return Whole(whole, answered)
 
 
-def ask(data: Any, prompts: TeacherPrompts, drop_cut: bool = False) -> tuple[list[Asked], Counter]:
-    """Each prompt once, and counts of what was left out."""
+def ask(
+    data: Any,
+    prompts: TeacherPrompts,
+    drop_cut: bool = False,
+    quarantine: list[dict[str, Any]] | None = None,
+) -> tuple[list[Asked], Counter]:
+    """Each prompt once, and counts of what was left out; `quarantine`: where bad rows go, which are
+    errors without it."""
     found: dict[str, Asked] = {}
     counts: Counter[str] = Counter(rows=len(data))
     for i, row in enumerate(data):
@@ -136,10 +143,12 @@ def ask(data: Any, prompts: TeacherPrompts, drop_cut: bool = False) -> tuple[lis
             whole = as_example(row).row
             ids, cut = prompts.verbalized(whole, "")
         except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"row {i} of the train dataset: {error}") from error
-        if not ids:
-            raise ValueError(f"row {i} of the train dataset: prompt must give at least one token")
+            if quarantine is None:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"row {i} of the train dataset: {error}") from error
+            quarantine.append({"row": i, "reason": str(error)})
+            counts["bad rows"] += 1
+            continue
         if cut and drop_cut:
             counts["overlong prompts"] += 1
             continue
@@ -148,7 +157,11 @@ def ask(data: Any, prompts: TeacherPrompts, drop_cut: bool = False) -> tuple[lis
         counts["equal prompts"] += same in found
         found.setdefault(same, Asked(i, ids))
     if not found:
-        raise ValueError("no prompt of the train dataset is left: overlong='drop' took them all")
+        told = f"; the first bad row: {quarantine[0]}" if quarantine else ""
+        raise ValueError(
+            f"no prompt of the train dataset is left: {counts['overlong prompts']} are overlong, "
+            f"{counts['bad rows']} bad{told}"
+        )
     return list(found.values()), counts
 
 
@@ -260,6 +273,7 @@ def finish(
     sampling: Sampling,
     settings: dict[str, Any],
     counts: Counter,
+    bad: Sequence[dict[str, Any]] = (),  # rows
 ) -> Counter:
     """Write the dataset and its sidecar, and remove the parts."""
     parts = parts_of(output)
@@ -273,7 +287,9 @@ def finish(
         told = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
         raise ValueError(f"no response is left to train on ({told}); they are in {parts}")
     counts["responses"] = len(rows)
-    sidecar = {"settings": settings, "counts": {name: n for name, n in counts.items() if n}}
+    sidecar: dict[str, Any] = {"settings": settings}
+    sidecar |= {"counts": {name: n for name, n in counts.items() if n}}
+    sidecar |= {"bad_rows": list(bad)} if bad else {}
     write_whole(sidecar_of(output), json.dumps(sidecar, indent=1, ensure_ascii=False))
     write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     shutil.rmtree(parts)
@@ -358,7 +374,13 @@ def run_responding(
     tokenizer = _teacher_tokenizer(script, config, name)
     verbalizer = verbalizer_of(config, data)
     reader = Reader(tokenizer, config.chat_template_kwargs or {}, config.max_teacher_prompt_length)
-    asked, counts = ask(data, TeacherPrompts(reader, verbalizer), config.overlong == "drop")
+    bad: list[dict[str, Any]] = []
+    asked, counts = ask(
+        data,
+        TeacherPrompts(reader, verbalizer),
+        config.overlong == "drop",
+        bad if config.skips_bad else None,
+    )
     settings = settings_of(name, tokenizer, verbalizer, sampling, asked, batch_size)
     batches = batches_of(asked, batch_size)
     begin_parts(parts_of(path), settings)
@@ -382,7 +404,7 @@ def run_responding(
         )
         return path
     try:
-        finish(path, data, batches, sampling, settings, counts)
+        finish(path, data, batches, sampling, settings, counts, bad)
     except FileNotFoundError:
         if not path.exists():  # another process was as fast
             raise

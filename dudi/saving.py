@@ -10,6 +10,7 @@ next start removes. A disk that lost or cut files afterwards is found out by the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 STAGING = "_saving"  # uploads to the Hub leave out what begins with _
 MANIFEST_FILE = "manifest.json"
 RUST_ERROR = "(os error "  # tokenizers tells of a failed write in a bare Exception
+OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 TORCH_WRITER = "inline_container"  # torch.save tells of a failed write in a bare RuntimeError
 
 
@@ -40,6 +42,17 @@ def disk_errors(path: Path, hint: Callable[[], str] = str) -> Iterator[None]:
         if TORCH_WRITER in str(error):
             raise _told(path, "a file was cut short", hint()) from error
         raise
+
+
+@contextmanager
+def run_disk_errors(folder: Path, hint: Callable[[], str]) -> Iterator[None]:
+    """The same for all that a run does: TensorBoard and others write files of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_A_DISK:
+            raise
+        raise _told(folder, error, hint()) from error
 
 
 def _told(path: Path, reason: object, hint: str) -> DiskError:

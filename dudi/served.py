@@ -2,12 +2,14 @@
 
 A prompt and a response go there as token ids; what comes back has the likeliest tokens of each
 position and their log-probabilities at temperature 1. What may pass (no connection, a timeout,
-429, 5xx) is tried again, later each time; all else is an error that says what the server said.
+429, 5xx) is tried again, later each time; all else is an error that says what the server said. One
+that is about a single request costs, if asked for, the response that it was about and no more.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import time
@@ -21,7 +23,7 @@ import httpx2
 import torch
 from torch import Tensor
 
-from dudi.known import KnownTop
+from dudi.known import Answers, KnownTop
 from dudi.signals import Packed
 from dudi.teacher_cache import About, Entry, asked_of
 from dudi_kernels import TopKTeacher
@@ -29,6 +31,8 @@ from dudi_kernels.topk import SLACK
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+OF_A_REQUEST = (400, 413, 422)  # what is wrong with it, not with the server
+MOST_LOST, LOST_SEEN = 0.5, 64  # a larger share, of at least so many, is no chance
 SHOWN = 300  # characters of what a server says
 API_KEY = "DUDI_TEACHER_API_KEY"  # environment variable
 PROBE = "The quick brown fox jumps over 13 lazy dogs"
@@ -37,6 +41,10 @@ KNOWN_TOKENS = 0.5  # share of the probe's tokens that must spell the same
 
 class TeacherServerError(RuntimeError):
     """The server can't be reached, or answers otherwise than it should."""
+
+
+class BadAnswerError(TeacherServerError):
+    """What came in answer to one request can't be used."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,14 @@ class Endpoint:
         return self.url.rstrip("/").removesuffix("/v1") + "/v1"
 
 
-class Client:
-    """Requests to one endpoint, some at a time."""
+Found = tuple[Tensor, Tensor] | BadAnswerError
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+
+class Client:
+    """Requests to one endpoint, some at a time; `tokens`: how many the student has."""
+
+    def __init__(self, endpoint: Endpoint, tokens: int | None = None) -> None:
+        self.endpoint, self.tokens = endpoint, tokens
         limits = httpx2.Limits(max_connections=endpoint.concurrency)
         key = os.environ.get(API_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -90,6 +101,8 @@ class Client:
             if response.status_code == 200:
                 return self._json(response)
             fault = f"answers {response.status_code}: {response.text[:SHOWN]!r}"
+            if response.status_code in OF_A_REQUEST:
+                raise BadAnswerError(f"{url} {fault}")
             if response.status_code not in TRY_AGAIN:
                 raise TeacherServerError(f"{url} {fault}")
         raise TeacherServerError(f"{url} {fault} ({self.endpoint.retries + 1} tries)")
@@ -99,10 +112,10 @@ class Client:
             return response.json()
         except ValueError as error:
             shown = response.text[:SHOWN]
-            raise TeacherServerError(f"{response.url} must answer JSON, got {shown!r}") from error
+            raise BadAnswerError(f"{response.url} must answer JSON, got {shown!r}") from error
 
-    def _wrong(self, what: str, got: Any) -> TeacherServerError:
-        return TeacherServerError(f"{self.endpoint.base} {what}, got {str(got)[:SHOWN]}")
+    def _wrong(self, what: str, got: Any) -> BadAnswerError:
+        return BadAnswerError(f"{self.endpoint.base} {what}, got {str(got)[:SHOWN]}")
 
     def positions(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """What the server says of each token but the first, given those before it."""
@@ -128,6 +141,9 @@ class Client:
         """(R, k) ids and log-probabilities for the tokens of a response."""
         said = self.positions([*entry.prompt, *entry.response])[len(entry.prompt) - 1 :]
         top = [self._top(position) for position in said]
+        for token, position in zip(entry.response, said, strict=True):
+            if str(int(token)) not in position:  # it always comes, unless the places are others
+                raise self._wrong(f"must say how likely the own token {token} is", position)
         ids = torch.tensor([[i for _, i in row] for row in top])
         return ids, torch.tensor([[value for value, _ in row] for row in top])
 
@@ -140,13 +156,27 @@ class Client:
         if len(found) < self.endpoint.top_k or not all(v <= SLACK for v, _ in found):
             wanted = f"must give {self.endpoint.top_k} log-probabilities for each token"
             raise self._wrong(wanted, position)
+        most = self.tokens or max(i for _, i in found) + 1
+        if len({i for _, i in found}) < len(found) or not all(0 <= i < most for _, i in found):
+            raise self._wrong(f"must name tokens below {most}, each once", position)
         best = sorted(found, key=lambda one: (-one[0], one[1]))[: self.endpoint.top_k]
+        if not sum(math.exp(value) for value, _ in best) <= 1 + SLACK:
+            raise self._wrong("must give probabilities that sum to 1 at most", position)
         return [(min(value, 0.0), i) for value, i in best]
 
-    def all_rows(self, asked: Sequence[Entry]) -> list[tuple[Tensor, Tensor]]:
-        """In order; the first error ends it."""
+    def all_rows(self, asked: Sequence[Entry], skip_bad: bool = False) -> list[Found]:
+        """In order; the first error ends it, unless it is about one request and `skip_bad`."""
+
+        def rows(entry: Entry) -> Found:
+            try:
+                return self.rows(entry)
+            except BadAnswerError as error:
+                if not skip_bad:
+                    raise
+                return error
+
         with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
-            waiting = [pool.submit(self.rows, entry) for entry in asked]
+            waiting = [pool.submit(rows, entry) for entry in asked]
             try:
                 return [one.result() for one in waiting]
             except BaseException:
@@ -155,12 +185,23 @@ class Client:
 
 
 class ServedTeacher(KnownTop):
-    """A server's teacher; its tokenizer must be `tokenizer`, which is tried on a sentence."""
+    """A server's teacher; its tokenizer must be `tokenizer`, which is tried on a sentence.
 
-    def __init__(self, endpoint: Endpoint, tokenizer: str | None, spell: Any) -> None:
+    skip_bad: responses without a usable answer are lost, not errors, as long as they are few.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        tokenizer: str | None,
+        spell: Any,
+        tokens: int | None = None,  # of the student
+        skip_bad: bool = False,
+    ) -> None:
         what = f"the teacher at teacher_url {endpoint.url!r}"
-        super().__init__(tokenizer, None, what)
-        self.client = Client(endpoint)
+        super().__init__(tokenizer, tokens, what)
+        self.client = Client(endpoint, tokens)
+        self.skip_bad, self.asked, self.lost = skip_bad, 0, 0
         self._check_tokens(spell)
 
     def _check_tokens(self, tokenizer: Any) -> None:
@@ -179,26 +220,62 @@ class ServedTeacher(KnownTop):
                 "teacher_tokenizer_name_or_path must be the served model's, and the student's"
             )
 
-    def top(self, packed: Packed) -> TopKTeacher:
-        k = self.client.endpoint.top_k
-        found = self.client.all_rows(asked_of(packed))
+    def top(self, packed: Packed) -> Answers:
+        k, asked = self.client.endpoint.top_k, asked_of(packed)
+        found = self._found(asked)
+        which = torch.arange(len(asked)).repeat_interleave(
+            torch.tensor([len(entry.response) for entry in asked], dtype=torch.long)
+        )[packed.order]  # (N,) the entry that each row is of
+        lost = {
+            int(packed.segment_ids[which == i][0]): str(answer)
+            for i, answer in enumerate(found)
+            if isinstance(answer, BadAnswerError)
+        }
         none = (torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k))
-        ids, log_probs = (torch.cat(part)[packed.order] for part in zip(none, *found, strict=True))
-        return TopKTeacher(ids, log_probs)
+        rows = (
+            _nothing(len(entry.response), k) if isinstance(answer, BadAnswerError) else answer
+            for entry, answer in zip(asked, found, strict=True)
+        )
+        ids, log_probs = (torch.cat(part)[packed.order] for part in zip(none, *rows, strict=True))
+        return Answers(TopKTeacher(ids, log_probs), lost)
+
+    def _found(self, asked: Sequence[Entry]) -> list[Found]:
+        """Raises TeacherServerError where so much is lost that the server itself is at fault."""
+        found = self.client.all_rows(asked, self.skip_bad)
+        bad = [answer for answer in found if isinstance(answer, BadAnswerError)]
+        self.asked, self.lost = self.asked + len(found), self.lost + len(bad)
+        if self.asked >= LOST_SEEN and self.lost > MOST_LOST * self.asked:
+            told = f"; the last: {bad[-1]}" if bad else ""
+            raise TeacherServerError(
+                f"{self.what} gives no usable answer to {self.lost} of {self.asked} requests{told}"
+            )
+        return found
 
     # ---- as what fills a cache -------------------------------------------------------------------
 
+    @property
+    def identity(self) -> str:
+        return f"served {self.client.model}"
+
     def about(self) -> About:
         name, k = self.client.model, self.client.endpoint.top_k
-        identity = hashlib.blake2b(f"served {name}".encode(), digest_size=16).hexdigest()
+        identity = hashlib.blake2b(self.identity.encode(), digest_size=16).hexdigest()
         return About("topk", name, identity, None, k)
 
     def begin(self, folder: Path) -> About:
         return self.about()
 
-    def answers(self, asked: Sequence[Entry]) -> Iterator[dict[str, Tensor]]:
-        for ids, log_probs in self.client.all_rows(asked):
-            yield {"ids": ids.int(), "log_probs": log_probs}
+    def answers(self, asked: Sequence[Entry]) -> Iterator[dict[str, Tensor] | str]:
+        for answer in self._found(asked):
+            if isinstance(answer, BadAnswerError):
+                yield str(answer)
+            else:
+                yield {"ids": answer[0].int(), "log_probs": answer[1]}
+
+
+def _nothing(rows: int, k: int) -> tuple[Tensor, Tensor]:
+    """Valid rows, to weigh nothing."""
+    return torch.arange(k).expand(rows, k), torch.full((rows, k), -math.log(2 * k))
 
 
 def _letters(text: str) -> str:
@@ -206,8 +283,8 @@ def _letters(text: str) -> str:
     return "".join(c for c in text if c.isascii() and c.isalnum())
 
 
-def open_server(args: Any, tokenizer: Any) -> ServedTeacher:
-    """The teacher of a recipe with `teacher_url`; `tokenizer` is the student's."""
+def open_server(args: Any, tokenizer: Any, tokens: int) -> ServedTeacher:
+    """The teacher of a recipe with `teacher_url`; `tokenizer` and `tokens` are the student's."""
     from dudi.models import load_tokenizer
 
     named = args.teacher_tokenizer_name_or_path or args.teacher_model_name_or_path
@@ -220,4 +297,4 @@ def open_server(args: Any, tokenizer: Any) -> ServedTeacher:
         args.served_retries,
         args.served_concurrency,
     )
-    return ServedTeacher(endpoint, named, own)
+    return ServedTeacher(endpoint, named, own, tokens, args.skips_bad)

@@ -21,8 +21,24 @@ from torch import Tensor
 
 KEY_BYTES = 16
 KEYS, STARTS = "keys", "starts"  # beside the fields of the entries
-PREFIX, SUFFIX, TEMPORARY = "shard-", ".safetensors", ".tmp"
+PREFIX, SUFFIX, TEMPORARY, ASIDE = "shard-", ".safetensors", ".tmp", ".damaged"
 BLOCK = 2**22  # bytes read at a time
+
+
+class DamagedError(ValueError):
+    """A file whose bytes are not those that were written."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} {why}")
+        self.path = path
+
+
+def set_aside(path: Path) -> Path:
+    """Keep a damaged file under a name that nothing reads."""
+    aside = path.with_name(path.name + ASIDE)
+    if path.exists():
+        os.replace(path, aside)
+    return aside
 
 
 def file_hash(path: Path) -> str:
@@ -50,23 +66,24 @@ def save_named(
 
 
 def open_named(path: Path, header: Mapping[str, str], remedy: str) -> Any:
-    """A memory-mapped file of `save_named`, compared with its name and with what it must be."""
-    found = file_hash(path)
-    if not path.name.endswith(f"{found}{SUFFIX}"):
-        raise ValueError(
-            f"{path} is corrupt: the hash of its content is {found}, not the one in its name; "
-            f"{remedy}"
-        )
+    """A memory-mapped file of `save_named`, compared with its name and with what it must be.
+
+    Raises DamagedError where its bytes changed, ValueError for a file from elsewhere.
+    """
     try:
+        found = file_hash(path)
+        if not path.name.endswith(f"{found}{SUFFIX}"):
+            told = f"the hash of its content is {found}, not the one in its name"
+            raise DamagedError(path, f"is corrupt: {told}; {remedy}")
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} can't be read: {error}; {remedy}") from error
+        raise DamagedError(path, f"can't be read: {error}; {remedy}") from error
     given = file.metadata() or {}
     for name, wanted in header.items():
         if given.get(name) != wanted:
             raise ValueError(
                 f"{path} does not belong here: its {name} is {given.get(name)!r}, wanted "
-                f"{wanted!r}; {remedy}"
+                f"{wanted!r}; remove it"
             )
     return file
 
@@ -80,14 +97,26 @@ class _Place(NamedTuple):
 class Shards:
     """What the shards of a folder hold, all of them verified.
 
+    quarantine: where damaged shards go, which are then not read; without it they are errors.
     Raises ValueError, naming the file, for a shard whose bytes or header are not what they should.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, str], remedy: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        header: Mapping[str, str],
+        remedy: str,
+        quarantine: list[DamagedError] | None = None,
+    ) -> None:
         self.files: list[Any] = []
         self.index: dict[bytes, _Place] = {}
         for path in sorted(folder.glob(f"{PREFIX}*{SUFFIX}")):
-            self._add(open_named(path, header, remedy))
+            try:
+                self._add(open_named(path, header, remedy))
+            except DamagedError as error:
+                if quarantine is None:
+                    raise
+                quarantine.append(error)
 
     def _add(self, file: Any) -> None:
         keys, starts = file.get_tensor(KEYS).numpy(), file.get_tensor(STARTS).tolist()

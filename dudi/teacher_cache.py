@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dudi.known import KnownStates, KnownTeacher, KnownTop, sequences
+from dudi.callbacks import read_jsonl
+from dudi.known import Answers, KnownStates, KnownTeacher, KnownTop, sequences
 from dudi.pairing import Pairing
-from dudi.shards import KEY_BYTES, Shards, open_named
+from dudi.shards import KEY_BYTES, DamagedError, Shards, open_named
 from dudi.signals import Packed, lm_head, pack, response_hidden
 from dudi_kernels import LMHead, TopKTeacher
 
-FORMAT = "1"
+FORMAT = "2"
 CACHE_FILE, TOKENIZER, HEAD = "cache.json", "tokenizer", "head-"
-AGAIN = "remove it and run `dudi cache-teacher` again, which makes what is missing"
-SAMPLED_VALUES = 256  # of each weight, which tell one teacher from another
+LEFT_OUT = "left_out.jsonl"  # entries that there is no answer to: their keys, and why
+AGAIN = "run `dudi cache-teacher` again, which sets it aside and makes what is missing"
+SAMPLED_VALUES = 256  # of each weight of a live teacher, for its run's checkpoints
 
 
 class Entry(NamedTuple):
@@ -52,7 +55,7 @@ class About:
 
     kind: str  # hidden or topk
     teacher: str  # its name
-    identity: str  # a hash of its architecture and of some of its weights, or of a server's name
+    identity: str  # a hash of its architecture and weights, or of a server's name
     vocab_size: int | None  # rows of the head; of topk, tokens it is over; None: a server's
     top_k: int | None = None
     head: str = ""  # the head's file
@@ -72,28 +75,44 @@ class About:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def teacher_identity(model: Any) -> str:
-    """A hash of a model's settings, of names, shapes and types of its weights, and of some values
-    of each: another checkpoint, adapter or precision has another one."""
+def teacher_identity(model: Any, values: int | None = None) -> str:
+    """A hash of a model's settings and of names, shapes, types and values of its weights: another
+    checkpoint, adapter or precision has another one.
+
+    values: how many of each weight, evenly spread, where all would take too long.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config.pop("transformers_version", None)
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // SAMPLED_VALUES)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.tobytes())
+        if values is not None:
+            flat = flat[:: max(1, len(flat) // values)]
+        digest.update(flat.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:32]
 
 
-def entries(dataset: Any, columns: Iterable[str], pairing: Pairing | None) -> list[Entry]:
+def whose(teacher: Any) -> str | None:
+    """What tells one teacher from another where a run goes on: of a live one, some of its weights.
+    None without one."""
+    if teacher is None or isinstance(teacher, KnownTeacher):
+        return None if teacher is None else teacher.identity
+    return f"live {teacher_identity(teacher, SAMPLED_VALUES)}"
+
+
+def entries(dataset: Any, columns: Sequence[str], pairing: Pairing | None) -> list[Entry]:
     """What a teacher is asked about a prepared dataset, under the prompts of `columns`."""
-    found = []
-    for row in dataset.select_columns([*columns, "completion_ids"]):
-        own = row["completion_ids"]
-        response = own if pairing is None else pairing([own]).teacher_ids[0]
-        if response:
-            found += [Entry(row[column], response) for column in columns]
-    return found
+    rows = dataset.select_columns([*columns, "completion_ids"])
+    return [entry for row in rows for entry in asked_about(row, columns, pairing)]
+
+
+def asked_about(
+    row: Mapping[str, Any], columns: Iterable[str], pairing: Pairing | None
+) -> list[Entry]:
+    own = row["completion_ids"]
+    response = own if pairing is None else pairing([own]).teacher_ids[0]
+    return [Entry(row[column], response) for column in columns] if response else []
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -122,23 +141,40 @@ def read_about(folder: Path) -> About:
     return about
 
 
+def read_left_out(folder: Path) -> dict[bytes, str]:
+    """Keys of the entries that there is no answer to, and why."""
+    records = read_jsonl(folder / LEFT_OUT)
+    return {bytes.fromhex(str(record["key"])): str(record["reason"]) for record in records}
+
+
 class Cache:
     """The entries of a folder.
 
-    Raises ValueError, naming the file, for what is corrupt or belongs elsewhere.
+    skip_damaged: whether what is in a damaged shard counts as lost; without it, or for the rest of
+    the folder, what is corrupt is a ValueError that names the file. So is what belongs elsewhere.
     """
 
-    def __init__(self, folder: str | Path, kind: str) -> None:
+    def __init__(self, folder: str | Path, kind: str, skip_damaged: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         self.about = read_about(self.folder)
         self.what = f"the teacher in teacher_cache {str(folder)!r}"
         if self.about.kind != kind:
             raise ValueError(f"{self.what} must be of the kind {kind}, got {self.about.kind!r}")
-        self.shards = Shards(self.folder, self.about.header, AGAIN)
+        self.damaged: list[DamagedError] = []
+        self.shards = Shards(
+            self.folder, self.about.header, AGAIN, self.damaged if skip_damaged else None
+        )
+        for error in self.damaged:
+            warnings.warn(f"what is in it is lost to this run: {error}", stacklevel=3)
+        self.left_out = read_left_out(self.folder)
 
     @property
     def tokenizer(self) -> str:
         return str(self.folder / TOKENIZER)
+
+    @property
+    def identity(self) -> str:
+        return " ".join(self.about.header.values())
 
     def read(self, entry: Entry, *fields: str) -> list[Tensor] | None:
         """The rows of an entry, or None where it is not there."""
@@ -147,6 +183,14 @@ class Cache:
 
     def missing(self, asked: Iterable[Entry]) -> list[Entry]:
         return [entry for entry in asked if entry.key(self.about.identity) not in self.shards]
+
+    def why_lost(self, entry: Entry) -> str | None:
+        """Why an entry that was asked for is not there; None where it was never asked for."""
+        reason = self.left_out.get(entry.key(self.about.identity))
+        if reason is None and self.damaged:
+            names = ", ".join(error.path.name for error in self.damaged)
+            reason = f"it is not in the cache, of which {names} is damaged"
+        return reason
 
     def refuse(self, asked: int) -> ValueError:
         return ValueError(
@@ -162,12 +206,16 @@ def asked_of(packed: Packed) -> list[Entry]:
 class CachedTop(KnownTop):
     """The likeliest tokens of each row, from a cache."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.cache = Cache(folder, "topk")
+    @property
+    def identity(self) -> str:
+        return self.cache.identity
+
+    def __init__(self, folder: str | Path, skip_damaged: bool = False) -> None:
+        self.cache = Cache(folder, "topk", skip_damaged)
         about = self.cache.about
         super().__init__(self.cache.tokenizer, about.vocab_size, self.cache.what)
 
-    def top(self, packed: Packed) -> TopKTeacher:
+    def top(self, packed: Packed) -> Answers:
         found = [self.cache.read(entry, "ids", "log_probs") for entry in asked_of(packed)]
         rows = [entry for entry in found if entry is not None]
         if len(rows) < len(found):
@@ -175,7 +223,7 @@ class CachedTop(KnownTop):
         k = self.cache.about.top_k or 1
         none = [torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k)]
         ids, log_probs = (torch.cat(part)[packed.order] for part in zip(none, *rows, strict=True))
-        return TopKTeacher(ids.long(), log_probs)
+        return Answers(TopKTeacher(ids.long(), log_probs), {})
 
 
 class CachedStates(KnownStates):
@@ -187,8 +235,12 @@ class CachedStates(KnownStates):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, folder: str | Path, live: Any = None) -> None:
-        cache = Cache(folder, "hidden")
+    @property
+    def identity(self) -> str:
+        return self.cache.identity
+
+    def __init__(self, folder: str | Path, live: Any = None, skip_damaged: bool = False) -> None:
+        cache = Cache(folder, "hidden", skip_damaged)
         super().__init__(cache.tokenizer, cache.about.vocab_size, cache.what)
         if live is not None and teacher_identity(live) != cache.about.identity:
             raise ValueError(
@@ -267,7 +319,7 @@ def open_cache(args: Any, load_live: Callable[[], Any]) -> KnownTeacher:
             f"teacher_model_name_or_path={named!r}"
         )
     if about.kind == "topk" and 1 not in args.taught_sides:
-        return CachedTop(args.teacher_cache)
+        return CachedTop(args.teacher_cache, args.skips_bad)
     live = None
     if 1 in args.taught_sides:
         if about.kind == "topk":
@@ -284,7 +336,7 @@ def open_cache(args: Any, load_live: Callable[[], Any]) -> KnownTeacher:
                 f"on_policy_weight={args.on_policy_weight} or reference={args.reference!r} needs "
                 "teacher_model_name_or_path as well"
             )
-    return CachedStates(args.teacher_cache, live)
+    return CachedStates(args.teacher_cache, live, args.skips_bad)
 
 
 def _same_name(one: str, other: str) -> bool:
@@ -299,17 +351,48 @@ def columns_asked(args: Any, split: str) -> list[str]:
     return ["teacher_prompt_ids", *plain]
 
 
-def check_complete(teacher: Any, dataset: Any, args: Any, pairing: Any, split: str) -> None:
-    """Raise unless the cache has all that the run will ask about a split."""
+def answered_rows(
+    teacher: Any, dataset: Any, args: Any, pairing: Pairing | None, split: str
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The rows of a split that the cache has all answers to; of the others, what was lost.
+
+    Raises ValueError for rows that the cache was never asked about, and for lost ones unless
+    `bad_rows` is skip.
+    """
     taught = split != "train" or 0 in args.taught_sides
-    if not isinstance(teacher, (CachedStates, CachedTop)) or dataset is None or not taught:
-        return
-    asked = entries(dataset, columns_asked(args, split), pairing)
-    lacking = teacher.cache.missing(asked)
     live = getattr(teacher, "live", None)
-    if lacking and not (live is not None and split != "train"):
-        raise ValueError(
-            f"teacher_cache {args.teacher_cache!r} lacks {len(lacking)} of {len(asked)} entries "
-            f"for the {split} dataset: run `dudi cache-teacher` again with this recipe (prompts, "
-            "templates, limits of length and tokenizers decide what is asked)"
-        )
+    if not isinstance(teacher, (CachedStates, CachedTop)) or dataset is None or not taught:
+        return dataset, []
+    if live is not None and split != "train":  # it is asked
+        return dataset, []
+    columns, lost, unknown = columns_asked(args, split), [], 0
+    for row in dataset.select_columns([*columns, "completion_ids", "row"]):
+        lacking = teacher.cache.missing(asked_about(row, columns, pairing))
+        reasons = [teacher.cache.why_lost(entry) for entry in lacking]
+        unknown += None in reasons
+        if lacking and reasons[0] is not None:
+            reason = f"the teacher's answer: {reasons[0]}"
+            lost.append({"split": split, "row": row["row"], "reason": reason})
+    if unknown or (lost and not args.skips_bad):
+        raise ValueError(_lacks(args, split, unknown + len(lost), len(dataset), lost))
+    if not lost:
+        return dataset, lost
+    warnings.warn(
+        f"{len(lost)} of {len(dataset)} rows of the {split} dataset are left out; row "
+        f"{lost[0]['row']} is the first: {lost[0]['reason']}",
+        stacklevel=3,
+    )
+    if len(lost) == len(dataset):
+        raise ValueError(f"no row of the {split} dataset is left: {lost[0]['reason']}")
+    gone = {record["row"] for record in lost}
+    numbers = dataset.with_format(None)["row"][:]
+    return dataset.select([i for i, row in enumerate(numbers) if row not in gone]), lost
+
+
+def _lacks(args: Any, split: str, lacking: int, rows: int, lost: list[dict[str, Any]]) -> str:
+    told = f"; row {lost[0]['row']}, {lost[0]['reason']}" if lost else ""
+    return (
+        f"teacher_cache {args.teacher_cache!r} lacks what is asked about {lacking} of {rows} rows "
+        f"of the {split} dataset: run `dudi cache-teacher` again with this recipe (prompts, "
+        f"templates, limits of length and tokenizers decide what is asked{told})"
+    )

@@ -1,7 +1,7 @@
 """What the teacher says about the responses of a micro-batch, row by row of the student's.
 
 A lesson is what the teacher reads: each response in its own tokens, under the verbalized prompt
-and, where anything compares them, under the student's plain one. `teach` turns a lesson into hidden
+and, where the two are compared, under the student's plain one. `teach` turns a lesson into hidden
 states that pair with the student's rows and a weight for each row's divergence: 0 where the teacher
 has no row at that byte or its first tokens are left out, less than 1 where the verbalized teacher
 is less sure of the given response than the plain one.
@@ -9,7 +9,8 @@ is less sure of the given response than the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -18,14 +19,13 @@ from torch import Tensor
 
 from dudi.bridge import Bridge
 from dudi.config import DuDiConfig
-from dudi.known import KnownTop
-from dudi.known_signals import Known, check_known
+from dudi.known import KnownTop, check_known
 from dudi.meter import Meter
 from dudi.pairing import Pairing
 from dudi.rows import Reader, TeacherPrompts
 from dudi.signals import Packed, lm_head, pack, response_hidden, vocab_size
 from dudi.verbalize import CONTEXT_FIELDS, ContextVerbalizer
-from dudi_kernels import LMHead, Verbalizer, linear_dudi_loss, linear_log_prob
+from dudi_kernels import LMHead, TopKTeacher, Verbalizer, linear_dudi_loss, linear_log_prob
 
 TINY = 1e-12  # no 0 / 0
 UNPAIRED_SEEN = 256  # responses before a share of them that don't pair says anything
@@ -64,13 +64,14 @@ class Responses(NamedTuple):
 
 class Lesson(NamedTuple):
     seen: Packed  # under the prompts that the verbalizer made
-    plain: Packed | None  # under the student's own
+    plain: Packed | None  # under the student's own: all of these, or those of y+
     student_rows: Tensor  # (P,) which rows of the student's have one of the teacher's
     teacher_rows: Tensor  # (P,) and which one that is
     weight: Tensor | None  # (N,) of each row's divergence; None: all rows are taught alike
     differs: int  # responses whose bytes the teacher's tokenizer changes
     whole: bool  # whether the teacher's rows are the student's as they come
     group: int  # sequences of a prompt
+    top: TopKTeacher | None = None  # what a teacher of likeliest tokens has answered
 
     def taught(self, segment_ids: Tensor) -> Tensor:  # (2,)
         """How many rows of y+, and of y-, the divergence is of."""
@@ -79,17 +80,11 @@ class Lesson(NamedTuple):
 
 
 class Taught(NamedTuple):
-    hidden: Tensor | None  # (N, E)
-    head: LMHead | None
+    hidden: Tensor | TopKTeacher  # (N, E)
+    head: LMHead | None  # None where likeliest tokens are all that is known
     weight: Tensor | None  # (N,)
     gate: Tensor | None  # (M,) of the teacher's rows of y+
     shift: Tensor | None  # (T,) how far the verbalized prompt moves the plain one's hidden states
-    known: Known | None = None  # in place of hidden states and head
-
-    @property
-    def side(self) -> tuple[Any, LMHead | None]:
-        """As `linear_distill_loss` takes a teacher, where all of the rows are taught."""
-        return (self.hidden, self.head) if self.known is None else (self.known.top, None)
 
 
 def make_lesson(
@@ -101,16 +96,24 @@ def make_lesson(
     pad_token_id: int,
     skip_tokens: int = 0,
     places: Sequence[int] | None = None,  # of each response in `seen`; None: its prompt's
+    plain_sides: Sequence[int] = (0, 1),
 ) -> Lesson:
     scored = responses.sides(sides)
     own = [responses.ids[i] for i in scored]
     texts, rows, others, differs = _paired(own, pairing)
     segments = [responses.segments[i] for i in scored]
-    packed = [
-        pack([prompts[of[i]] for i in scored], texts, pad_token_id, segments)
-        for prompts, of in ((seen, places or responses.prompts), (plain, responses.prompts))
-        if prompts is not None
-    ]
+    of = places or responses.prompts
+    packed = pack([seen[of[i]] for i in scored], texts, pad_token_id, segments)
+    packed_plain = None
+    if plain is not None:
+        wanted = set(responses.sides(plain_sides))
+        compared = [
+            (plain[responses.prompts[i]], text, responses.segments[i])
+            for i, text in zip(scored, texts, strict=True)
+            if i in wanted
+        ]
+        prompts, own, numbers = (list(part) for part in zip(*compared, strict=True))
+        packed_plain = pack(prompts, own, pad_token_id, numbers)
     starts = [responses.starts[i] for i in scored]
     student_rows = _joined([r + start for r, start in zip(rows, starts, strict=True)])
     begins = [0, *accumulate(map(len, texts))]
@@ -121,8 +124,8 @@ def make_lesson(
         counted = _joined([r[r >= skip_tokens] + s for r, s in zip(rows, starts, strict=True)])
         weight[counted] = 1.0
     return Lesson(
-        packed[0],
-        packed[1] if len(packed) > 1 else None,
+        packed,
+        packed_plain,
         student_rows,
         teacher_rows,
         weight,
@@ -149,6 +152,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
+def answered(teacher: KnownTop, lesson: Lesson) -> tuple[Lesson, Mapping[int, str]]:
+    """With what the teacher answers; segments that it has no usable answer to, and why. Their rows
+    weigh nothing."""
+    top, lost = teacher.top(lesson.seen)
+    weight = lesson.weight
+    if lost:
+        gone = torch.isin(lesson.seen.segment_ids, torch.tensor(list(lost)))
+        weight = torch.ones(len(gone)) if weight is None else weight.clone()
+        weight[lesson.student_rows[gone]] = 0.0
+    return lesson._replace(top=top, weight=weight), lost
+
+
 @torch.no_grad()
 def teach(
     teacher: Any,
@@ -163,29 +178,38 @@ def teach(
     """Hidden states for the student's rows, and the weights of their divergences; of a teacher of
     likeliest tokens, these."""
     if isinstance(teacher, KnownTop):
+        if lesson.top is None:
+            lesson, lost = answered(teacher, lesson)
+            if lost:
+                told = f"{len(lost)} of {int(lesson.seen.segment_ids.unique().numel())} responses"
+                warnings.warn(f"{told} are left out: {next(iter(lost.values()))}", stacklevel=2)
+        assert lesson.top is not None
         weight = None if lesson.weight is None else lesson.weight.to(device)
-        known = Known.of(teacher.top(lesson.seen), lesson.student_rows, device)
-        return Taught(None, None, weight, None, None, known)
+        top = lesson.top if lesson.whole else lesson.top.spread(lesson.student_rows, rows)
+        return Taught(top.to(device), None, weight, None, None)
     head = lm_head(teacher)
     seen = lesson.seen.to(device)
     hidden = response_hidden(teacher, seen, padding_free)
     gate = shift = None
     if lesson.plain is not None:
-        plain = response_hidden(teacher, lesson.plain.to(device), padding_free)
-        shift = (hidden - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
+        other = lesson.plain.to(device)
+        plain = response_hidden(teacher, other, padding_free)
+        own = hidden[torch.isin(seen.segment_ids, other.segment_ids)]
+        shift = (own - plain).float().norm(dim=1) / plain.float().norm(dim=1).clamp(min=TINY)
         if confidence_gating:
-            given = seen.segment_ids % lesson.group == 0
+            given = other.segment_ids % lesson.group == 0
             verbalized_says, plain_says = (
-                linear_log_prob(states[given], head, seen.targets[given], **options)
-                for states in (hidden, plain)
+                linear_log_prob(states[given], head, other.targets[given], **options)
+                for states in (own, plain)
             )
             gate = confidence(verbalized_says, plain_says, confidence_gating)
-        hidden = torch.lerp(plain, hidden, verbalized_share)
+        if verbalized_share < 1:  # the plain one has read all
+            hidden = torch.lerp(plain, hidden, verbalized_share)
     weight = None if lesson.weight is None else lesson.weight.to(device)
     student_rows, teacher_rows = lesson.student_rows.to(device), lesson.teacher_rows.to(device)
     if gate is not None:
         factor = torch.ones(len(hidden), device=device)
-        factor[given] = gate
+        factor[seen.segment_ids % lesson.group == 0] = gate
         weight = torch.ones(rows, device=device) if weight is None else weight
         weight = weight.index_copy(0, student_rows, weight[student_rows] * factor[teacher_rows])
     if not lesson.whole:
@@ -240,6 +264,7 @@ class Teaching:
             self.tokenizer.pad_token_id,
             self.args.teacher_skip_tokens,
             responses.samples if shows_samples else None,
+            self.args.plain_sides,
         )
         if self.bridge.pairing is not None:
             self._count_pairs(lesson, responses)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -27,8 +28,7 @@ from dudi.callbacks import MetricsFile
 from dudi.config import WEIGHTS, DuDiConfig
 from dudi.continuing import ContinuingTrainer
 from dudi.data import DuDiCollator, prepare_dataset
-from dudi.known import KnownTeacher
-from dudi.known_signals import dudi_loss
+from dudi.known import KnownTeacher, KnownTop
 from dudi.meter import Meter
 from dudi.models import (
     adapter_settings,
@@ -39,10 +39,11 @@ from dudi.models import (
     load_tokenizer,
     refuse_adapter,
 )
+from dudi.quarantine import Quarantine, Record
 from dudi.reference import KnownScores, make_reference
 from dudi.rollout import Rollout
 from dudi.sampling import Batch, Drawn, Sampling, unpad
-from dudi.served import open_server
+from dudi.served import TeacherServerError, open_server
 from dudi.sharding import (
     is_sharded,
     make_mesh,
@@ -59,18 +60,20 @@ from dudi.signals import (
     pack,
     redirected_forward,
     response_hidden,
+    vocab_size,
 )
-from dudi.teacher_cache import check_complete, open_cache
+from dudi.teacher_cache import answered_rows, open_cache, whose
 from dudi.teaching import (
     Lesson,
     Responses,
     Taught,
     Teaching,
+    answered,
     check_signals,
     context_verbalizer,
     signal_options,
 )
-from dudi_kernels import linear_log_prob, sequence_log_prob
+from dudi_kernels import linear_dudi_loss, linear_log_prob, sequence_log_prob
 
 
 @dataclass
@@ -85,6 +88,7 @@ class MicroBatch:
     prompts: list[Tensor]
     counts: Tensor  # (5,) rows of y+, rows of y-, pairs; rows of y+ and of y- that are taught
     totals: Tensor  # (5,) the same over the global batch
+    lost: list[Record]  # responses without a usable answer of the teacher's
 
 
 class DuDiTrainer(ContinuingTrainer):
@@ -139,7 +143,7 @@ class DuDiTrainer(ContinuingTrainer):
 
             set_seed(args.seed)  # the adapter's first weights are drawn
             student = get_peft_model(student, peft_config)
-        teacher = self._load_teacher(teacher_model, args, tokenizer)
+        teacher = self._load_teacher(teacher_model, args, tokenizer, student)
         check_models(student, teacher)
         self.known = teacher if isinstance(teacher, KnownTeacher) else None
         self.bridge = Bridge(tokenizer)
@@ -157,7 +161,7 @@ class DuDiTrainer(ContinuingTrainer):
             disable_dropout(student)
 
         self.data_counts: dict[str, dict[str, int]] = {}
-        self.bad_rows: list[dict[str, Any]] = []  # left out
+        self.quarantine = Quarantine()
         self.verbalizer = context_verbalizer(args, train_dataset)
         if teacher is not None:
             check_signals(student, teacher, self.bridge, args)
@@ -176,6 +180,7 @@ class DuDiTrainer(ContinuingTrainer):
         if train_dataset is not None:
             check_positions(student, teacher, train_dataset, args)
         self._adapter = adapter_settings(causal_lm(student), student)
+        self._whose = whose(teacher)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         self._shard(student, teacher, args, optimizers)
@@ -186,9 +191,11 @@ class DuDiTrainer(ContinuingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[MetricsFile(), self.quarantine, *(callbacks or [])],
             optimizers=optimizers,
         )
+        if train_dataset is not None:
+            self.quarantine.check_ranks(len(train_dataset))
         self.loss_is_scaled_for_ga = True  # our denominators are global already
         self.is_distributed_loading_by_transformers = self.sharded  # the model reduces gradients
         self.teacher = teacher
@@ -214,7 +221,7 @@ class DuDiTrainer(ContinuingTrainer):
         return load_tokenizer(name, "the tokenizer of model")
 
     @staticmethod
-    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any) -> Any:
+    def _load_teacher(teacher_model: Any, args: DuDiConfig, tokenizer: Any, student: Any) -> Any:
         if not args.needs_teacher:
             return None
         source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -226,7 +233,7 @@ class DuDiTrainer(ContinuingTrainer):
         if args.teacher_cache is not None:
             return open_cache(args, load)
         if args.teacher_url is not None:
-            return open_server(args, tokenizer)
+            return open_server(args, tokenizer, vocab_size(student))
         if source is None:
             raise ValueError(
                 "teacher_model (or teacher_model_name_or_path) must be given: off_policy_weight="
@@ -285,11 +292,13 @@ class DuDiTrainer(ContinuingTrainer):
             max_teacher_prompt_length=args.max_teacher_prompt_length,
             max_unpaired=args.max_unpaired,
             overlong=args.overlong,
-            quarantine=self.bad_rows if args.bad_rows == "skip" else None,
+            quarantine=self.quarantine.of_data if args.skips_bad else None,
             split_name=split,
         )
+        prepared, lost = answered_rows(self.known, prepared, args, self.bridge.pairing, split)
+        self.quarantine.of_data += lost
+        counts |= {"rows": len(prepared), "bad_rows": counts["bad_rows"] + len(lost)}
         self.data_counts[split] = counts
-        check_complete(self.known, prepared, args, self.bridge.pairing, split)
         return prepared
 
     # ---- sampling and packing ------------------------------------------------------------------
@@ -315,6 +324,7 @@ class DuDiTrainer(ContinuingTrainer):
         totals = torch.stack([m.counts for m in micro]).sum(0)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals.to(device), "sum").cpu()
+        self._quarantine([record for m in micro for record in m.lost])
         for m in micro:
             m.totals = totals
         self._log_completions(micro[0])
@@ -351,10 +361,13 @@ class DuDiTrainer(ContinuingTrainer):
         packed = Responses(texts, of_prompt, segments, 1 + each)
         pad = self.processing_class.pad_token_id
         student = pack([prompts[i] for i in packed.prompts], packed.ids, pad, packed.segments)
-        lesson = None
+        lesson: Lesson | None = None
+        lost: list[Record] = []
         if self.teacher is not None:
             prompts_seen, plain = (unpad(batch, n) for n in ("teacher_prompt", "plain_prompt"))
             lesson = self.teaching.lesson(packed, rows, prompts_seen, plain, samples)
+            if isinstance(self.known, KnownTop):
+                lesson, lost = self._answered(self.known, lesson, rows)
         taught = torch.zeros(2) if lesson is None else lesson.taught(student.segment_ids)
         rows_given, rows_drawn = (
             sum(len(packed.ids[i]) for i in packed.sides([side])) for side in (0, 1)
@@ -369,7 +382,35 @@ class DuDiTrainer(ContinuingTrainer):
             prompts=prompts,
             counts=counts,
             totals=counts,
+            lost=lost,
         )
+
+    def _answered(
+        self, teacher: KnownTop, lesson: Lesson, rows: list[int]
+    ) -> tuple[Lesson, list[Record]]:
+        """With the teacher's answers; the responses without one, for `bad_rows.jsonl`."""
+        step = self.state.global_step + 1
+        try:
+            lesson, lost = answered(teacher, lesson)
+        except TeacherServerError as error:
+            raise type(error)(
+                f"step {step}, dataset rows {rows}: {error}. {self._last_good}"
+            ) from error
+        return lesson, [
+            {
+                "split": "train",
+                "row": rows[segment // lesson.group],
+                "step": step,
+                "response": "sample" if segment % lesson.group else "given",
+                "reason": reason,
+            }
+            for segment, reason in lost.items()
+        ]
+
+    def _quarantine(self, lost: list[Record]) -> None:
+        """On every rank, what any of them lost in this step."""
+        if isinstance(self.known, KnownTop) and self.args.skips_bad:
+            self.quarantine.add(gather_object(lost), self.args)
 
     @torch.no_grad()
     def _score(self, batch: Batch, drawn: Drawn) -> Tensor:
@@ -497,10 +538,11 @@ class DuDiTrainer(ContinuingTrainer):
             weight = _row_weight(
                 weight, packed.segment_ids % batch.responses.group == 0, batch.totals
             )
-        return dudi_loss(
+        return linear_dudi_loss(
             hidden,
             lm_head(module),
-            taught,
+            None if taught is None else taught.hidden,
+            None if taught is None else taught.head,
             packed.targets,
             packed.segment_ids,
             preference_loss=a.preference_loss,

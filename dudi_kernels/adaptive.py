@@ -75,7 +75,7 @@ def _edge(p: Tensor) -> tuple[Tensor, Tensor, bool]:
 def mix(setting: Setting, state: RowState, tile: Tile) -> None:
     """The step *mixture* of a tile of whole rows; its temporaries are as large as the tile."""
     assert state.mixture is not None and tile.teacher is not None
-    own = slice(tile.first_row, tile.first_row + len(tile.student))
+    own = tile.own
     p, q = (
         log_probs(logits, log_sum[own], inv_tau, setting.masked).exp_()
         for logits, log_sum, inv_tau in (

@@ -32,14 +32,13 @@ from dudi_kernels.prepare import (
     make_plan,
     on_device,
     pick_backend,
-    retain,
     row_wise,
     scalar,
     wanted_gradients,
 )
-from dudi_kernels.skipping import Skipped, Tally
+from dudi_kernels.skipping import Skipped
 from dudi_kernels.sweep import RowValues, Span, Task, chunks, even
-from dudi_kernels.topk import TopKSweep, TopKTask, TopKTeacher
+from dudi_kernels.topk import Top, TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
 
 
@@ -90,7 +89,8 @@ def linear_distill_loss(
 
     Args:
         teacher_hidden: or a `TopKTeacher`, with no `teacher_head`: the divergence is then over its
-            tokens and one bucket with the rest of the vocabulary, at temperature 1.
+            tokens and one bucket with the rest of the vocabulary, at temperature 1; rows that it
+            says nothing of have none.
         divergence: a name in `DIVERGENCES`; `beta` in (0, 1) belongs to jsd (the teacher's share)
             and jeffreys (the weight of forward KL), `alpha` in (0, 1) to the skew divergences, both
             (positive) to alpha_beta. adaptive_kl is jeffreys with each row's own weight of forward
@@ -157,18 +157,17 @@ def linear_distill_loss(
         "memory_budget": memory_budget,
     }
     if isinstance(teacher_hidden, TopKTeacher):
-        ids, log_probs = checks.top_k(teacher_hidden, teacher_head, student, temperatures)
-        if gradient_tolerance:
-            raise ValueError(
-                f"gradient_tolerance must be 0 with a TopKTeacher, got {gradient_tolerance}"
-            )
-        if verbalizer is not None:
-            raise ValueError(f"verbalizer must be None with a TopKTeacher, got {verbalizer}")
-        if top_p < 1:
-            raise ValueError(f"teacher_top_p must be 1 with a TopKTeacher, got {teacher_top_p}")
-        loss, values, skipped = _topk_sweep(
-            counted.rows(student), counted.pick(ids), counted.pick(log_probs), **settings
+        top = checks.top_k(
+            teacher_hidden,
+            teacher_head,
+            student,
+            temperatures,
+            gradient_tolerance,
+            top_p,
+            verbalizer,
         )
+        top = Top(*map(counted.pick, top))
+        loss, values, skipped = _weighted_sweep(counted.rows(student), None, top=top, **settings)
     else:
         teacher = checks.side("teacher", teacher_hidden, teacher_head)
         teacher, classes = checks.pair_of_sides(student, teacher, verbalizer)
@@ -273,18 +272,28 @@ def _weighted_sweep(
     targets: Tensor | None,  # (N,)
     weight: Tensor,  # (N,)
     ce_weight: float,
-    temperatures: tuple[float, float],
     backend: ModuleType,
     memory_budget: int,
+    temperatures: tuple[float, float] = (1.0, 1.0),
     tolerance: float = 0.0,
     classes: Classes | None = None,
     top_p: float = 1.0,
+    top: Top | None = None,
 ) -> tuple[Tensor, RowValues, Skipped]:
     """sum_n weight_n (D_n + ce_weight CE_n) in one sweep."""
     rows = len(student.hidden)
     learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-    skips = tolerance > 0
-    plan = make_plan(learner, guide, [measure], backend, memory_budget, skips, classes, top_p)
+    plan = make_plan(
+        learner,
+        guide,
+        [measure],
+        backend,
+        memory_budget,
+        skips=tolerance > 0,
+        classes=classes,
+        top_p=top_p,
+        top=top,
+    )
     task = Task(
         student=learner,
         teacher=guide,
@@ -302,6 +311,7 @@ def _weighted_sweep(
         tolerance=tolerance,
         classes=classes,
         teacher_top_p=top_p,
+        top=top,
     )
     return scalar(student, task, _combined(weight, ce_weight), backend, memory_budget)
 
@@ -316,36 +326,6 @@ def _combined(weight: Tensor, ce_weight: float) -> Callable[[RowValues], Tensor]
         return torch.where(weight == 0, 0, weight * own).sum()  # no 0 * inf
 
     return combine
-
-
-def _topk_sweep(
-    student: Rows,
-    ids: Tensor,  # (N, k)
-    log_probs: Tensor,  # (N, k)
-    measure: Measure,
-    targets: Tensor | None,  # (N,)
-    weight: Tensor,  # (N,)
-    ce_weight: float,
-    backend: ModuleType,
-    memory_budget: int,
-) -> tuple[Tensor, RowValues, Skipped]:
-    rows = len(student.hidden)
-    learner = as_side(student)
-    plan = make_plan(learner, None, [None], backend, memory_budget)
-    task = TopKTask(
-        student=learner,
-        ids=ids,
-        log_probs=log_probs,
-        measure=measure,
-        targets=targets,
-        weight=weight,
-        coefficient=weight * -ce_weight,
-        chunks=chunks(0, rows, even(rows, plan.chunk_rows)),
-        tile_rows=plan.tile_rows,
-        needs=wanted_gradients(student),
-    )
-    loss, values = retain(student, TopKSweep(task, backend), _combined(weight, ce_weight))
-    return loss, values, Tally(weight.device).result()
 
 
 @traceable("hidden", "head", per_row=lambda given: given.get("reduction") == "none")
@@ -393,7 +373,6 @@ def linear_cross_entropy(
         flat,
         counted.weight(None if reduction == "mean" else ones),
         1.0,
-        (1.0, 1.0),
         pick_backend(backend, rows.hidden.device),
         memory_budget,
     )

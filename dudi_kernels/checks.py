@@ -19,7 +19,7 @@ from dudi_kernels.divergences import DIVERGENCES, Measure
 from dudi_kernels.head import FLOATS, LMHead, as_head
 from dudi_kernels.scalars import INTEGERS, POWERS, SHARES, TEMPERATURES, integer, number
 from dudi_kernels.shard import VocabularyShard
-from dudi_kernels.topk import TopKTeacher
+from dudi_kernels.topk import Top, TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
 
 __all__ = ["integer", "number"]  # as checks of arguments
@@ -89,7 +89,10 @@ def side(who: str, hidden: Tensor, head: Head | None) -> Rows:
     name = f"{who}_hidden" if who else "hidden"
     head_name = f"{who}_head" if who else "head"
     if isinstance(hidden, TopKTeacher):
-        raise TypeError(f"{name} must be a tensor: only linear_distill_loss takes a TopKTeacher")
+        raise TypeError(
+            f"{name} must be a tensor: only linear_distill_loss and linear_dudi_loss take a "
+            "TopKTeacher"
+        )
     if not isinstance(hidden, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(hidden).__name__}")
     head = as_head(head, head_name)
@@ -268,11 +271,23 @@ def finite_measure(
 
 
 def top_k(
-    teacher: TopKTeacher, head: object, student: Rows, temperatures: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """(N, k) ids and float64 log-probabilities."""
+    teacher: TopKTeacher,
+    head: object,
+    student: Rows,
+    temperatures: tuple[float, float],
+    gradient_tolerance: float,
+    teacher_top_p: float,
+    verbalizer: object,
+) -> Top:
     if head is not None:
         raise ValueError("teacher_head must not be given with a TopKTeacher")
+    for name, given, neutral in (
+        ("gradient_tolerance", gradient_tolerance, 0),
+        ("teacher_top_p", teacher_top_p, 1),
+        ("verbalizer", verbalizer, None),
+    ):
+        if given != neutral:
+            raise ValueError(f"{name} must be {neutral} with a TopKTeacher, got {given}")
     if student.head.shard is not None:
         raise ValueError("student_head must not be sharded with a TopKTeacher")
     if temperatures != (1.0, 1.0):
@@ -288,7 +303,7 @@ def top_k(
     size = student.head.vocab_size
     if (i := first(((ids < 0) | (ids >= size)).any(1))) is not None:
         raise ValueError(f"ids must be in [0, {size}), those of row {i} are not")
-    return ids.long(), log_probs.double()
+    return Top(ids.long(), log_probs)
 
 
 def per_row(

@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 
 from dudi_kernels import checks
+from dudi_kernels.divergences import Measure
 from dudi_kernels.head import FLOATS
 from dudi_kernels.plan import (
     BLOCK,
     DEFAULT_BUDGET,
     FP32,
     TEMPORARIES,
+    TOP_BYTES,
     ClassSizes,
     Packing,
     class_row_bytes,
@@ -40,10 +42,11 @@ def plan_memory(
     rows: int,  # N
     vocab_size: int,  # V
     width: int,  # D
-    teacher_width: int | None = None,  # E; None: no teacher
+    teacher_width: int | None = None,  # E; None: no teacher, or one of likeliest tokens
     *,
     per_row: bool = False,
     divergence: str = "forward_kl",
+    top_k: int | None = None,
     dtype: torch.dtype = torch.float32,
     train_hidden: bool = True,
     train_weight: bool = True,
@@ -58,6 +61,7 @@ def plan_memory(
         vocab_size: of a head that ranks share, the rows of the largest slice.
         per_row: of `linear_distill`, `linear_log_prob` and the like (strategy *recompute*), rather
             than of a scalar loss (*retain*, or *recompute* where kernels make that cheaper).
+        top_k: k of a `TopKTeacher`, in place of `teacher_width`.
         dtype: of hidden states and weights; half precision is converted block by block on a CPU
             (bf16 on one with AMX is not).
         train_hidden, train_weight: which gradients are wanted.
@@ -65,7 +69,7 @@ def plan_memory(
 
     Returns:
         `MemoryPlan`, in FLOPs and bytes. With compiled steps `peak` is what is measured, within
-        10 %; without them it is an upper bound.
+        10 % (20 % with a `top_k` of a thousand or more); without them it is an upper bound.
 
     Raises:
         ValueError, TypeError: sizes, names or types that don't fit; a budget that does not hold one
@@ -80,13 +84,28 @@ def plan_memory(
         raise TypeError(f"dtype must be torch.float32, bfloat16 or float16, got {dtype!r}")
     checks.budget(memory_budget)
     measure = checks.divergence("divergence", divergence, 0.5, 0.5)
+    k = _top_k(top_k, vocab_size, teacher_width, per_row)
     place = _device(device)
     module = pick_backend(backend, place)
     taught = [] if teacher_width is None else [measure]
-    both, alone = (layout(place, own, {dtype}, [measure], module) for own in (widths, widths[:1]))
+    stepped: list[Measure | None] = (
+        [None] if k else [measure]
+    )  # the steps see no divergence of likeliest tokens
+    both, alone = (layout(place, own, {dtype}, stepped, module) for own in (widths, widths[:1]))
     sizes = _class_sizes(verbalizer, vocab_size, teacher_width, both["temporaries"])
     problem = Problem(
-        place, rows, vocab_size, widths, dtype, taught, both, alone, module, memory_budget, sizes
+        place,
+        rows,
+        vocab_size,
+        widths,
+        dtype,
+        taught,
+        both,
+        alone,
+        module,
+        memory_budget,
+        sizes,
+        top_k=k,
     )
     call = _Call(
         rows,
@@ -98,6 +117,7 @@ def plan_memory(
         train_hidden,
         train_weight,
         sizes,
+        k,
     )
     if sizes is not None:
         return _over_classes(call, problem, per_row)
@@ -130,6 +150,19 @@ def _by_block(call: _Call, problem: Problem, once: bool) -> MemoryPlan:
     )
 
 
+def _top_k(value: int | None, vocab_size: int, teacher_width: int | None, per_row: bool) -> int:
+    if value is None:
+        return 0
+    if teacher_width is not None or per_row:
+        raise ValueError(
+            f"top_k must be None with teacher_width or per_row, got {value}: a TopKTeacher takes "
+            "the place of a teacher's side, in scalar losses"
+        )
+    if checks.integer("top_k", value, 1) > vocab_size:
+        raise ValueError(f"top_k must be at most {vocab_size}, got {value}")
+    return value
+
+
 def _device(value: torch.device | str) -> torch.device:
     try:
         return torch.device(value)
@@ -147,6 +180,7 @@ class _Call(NamedTuple):
     train_hidden: bool
     train_weight: bool
     classes: ClassSizes | None = None
+    top_k: int = 0
 
     @property
     def vocabularies(self) -> list[int]:
@@ -215,7 +249,7 @@ def _retain(call: _Call, chunk: int, tile_rows: int) -> MemoryPlan:
     student_head = call.vocab_size * call.widths[0] * call.item_size
     operands = call.head_bytes + student_head * call.train_hidden + 2 * sums
     workspace = chunk * call.logit_row + tile_rows * TEMPORARIES * max(call.vocabularies) * FP32
-    workspace += call.projecting(chunk, call.vocab_size)
+    workspace += call.projecting(chunk, call.vocab_size) + chunk * call.top_k * TOP_BYTES
     gradients = call.hidden_gradient + sums
     rounded = call.weight_elements * call.item_size if call.item_size != FP32 else 0
     return MemoryPlan(

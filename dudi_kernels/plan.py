@@ -21,6 +21,7 @@ BLOCK = 4096  # columns of a vocabulary block, at the most
 WHOLE_COLUMNS = (128, 16)  # of a block: whole tiles, or at least whole 16-byte loads
 FEW_ROWS = 256  # of hidden states, are converted at once however narrow a block is
 FP32 = 4
+TOP_BYTES = 13 * 8  # of a row for each of the likeliest tokens of its teacher: in float64
 LOGIT_BYTES = 15  # that passes over one side's logits in memory move
 
 
@@ -56,17 +57,20 @@ def plan_retain(
     cached: bool = True,
     temporaries: bool = True,
     classes: ClassSizes | None = None,
+    top_k: int = 0,
 ) -> Plan:
     """Rows a chunk and rows a tile, for a side of each width (student, teacher).
 
     `cached`: whether tiles shall fit a cache (a CPU's); `temporaries`: whether tiles need any;
-    `classes`: where the divergence is over classes, which are made tile by tile.
+    `classes`: where the divergence is over classes, which are made tile by tile; `top_k`: of the
+    teacher's likeliest tokens, where these alone are known.
 
     Raises:
         ValueError: the budget does not hold one row; says the least that works.
     """
     row = vocab_size * FP32
     fixed, chunk_row, tile_row = _row_bytes(vocab_size, widths, convert, temporaries, classes)
+    chunk_row += top_k * TOP_BYTES
     least = fixed + chunk_row + tile_row
     _check(budget, least, f"a vocabulary of {vocab_size:,}")
 

@@ -24,6 +24,7 @@ from dudi_kernels.plan import NO_ROW, ClassSizes, Plan, plan_block, plan_retain,
 from dudi_kernels.recompute import Job, Part, RowWise, Streamed
 from dudi_kernels.skipping import Skipped, Tally
 from dudi_kernels.sweep import Needs, Retain, RowValues, Side, Task, even, runs
+from dudi_kernels.topk import Top
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -133,6 +134,7 @@ class Problem(NamedTuple):
     budget: int
     classes: ClassSizes | None = None  # that the divergences are over
     restricted: bool = False  # whether the teacher is, to its likeliest tokens (nucleus.py)
+    top_k: int = 0  # of its likeliest tokens, where these alone are known
 
     @classmethod
     def of(
@@ -143,7 +145,10 @@ class Problem(NamedTuple):
         budget: int,
         classes: Classes | None = None,
         restricted: bool = False,
+        top: Top | None = None,
     ) -> Problem:
+        if top is not None:  # the steps see no divergence
+            measures = [None]
         hidden, both = sides[0].hidden, _layout(sides, measures, backend)
         sizes = None
         if classes is not None and len(sides) > 1:
@@ -161,13 +166,14 @@ class Problem(NamedTuple):
             budget,
             sizes,
             restricted,
+            0 if top is None else top.ids.shape[1],
         )
 
     @property
     def by_rows(self) -> bool:
         """Whether a divergence needs whole rows of logits."""
         adaptive = any(measure is not None and measure.adaptive for measure in self.measures)
-        return adaptive or self.restricted or self.classes is not None
+        return adaptive or self.restricted or self.classes is not None or self.top_k > 0
 
     @property
     def fuses(self) -> bool:
@@ -183,7 +189,11 @@ class Problem(NamedTuple):
         settings = self.both | {"temporaries": self.both["temporaries"] or apart}
         try:
             return plan_retain(
-                self.vocab_size, budget=self.budget, classes=self.classes, **settings
+                self.vocab_size,
+                budget=self.budget,
+                classes=self.classes,
+                top_k=self.top_k,
+                **settings,
             )
         except ValueError:
             if not self.fuses:
@@ -235,10 +245,11 @@ def make_plan(
     skips: bool = False,
     classes: Classes | None = None,
     top_p: float = 1.0,
+    top: Top | None = None,
 ) -> Plan:
     checks.budget(memory_budget)
     sides = [side for side in (student, teacher) if side is not None]
-    problem = Problem.of(sides, measures, backend, memory_budget, classes, top_p < 1)
+    problem = Problem.of(sides, measures, backend, memory_budget, classes, top_p < 1, top)
     return problem.retain(skips)
 
 
@@ -275,7 +286,7 @@ def _problem(task: Task, backend: ModuleType, memory_budget: int) -> Problem:
     sides = [side for side in (task.student, task.teacher) if side is not None]
     measures: list[Measure | None] = [span.measure for span in task.spans]
     restricted = task.teacher_top_p < 1
-    return Problem.of(sides, measures, backend, memory_budget, task.classes, restricted)
+    return Problem.of(sides, measures, backend, memory_budget, task.classes, restricted, task.top)
 
 
 def streams(task: Task, backend: ModuleType, memory_budget: int) -> bool:

@@ -41,7 +41,7 @@ class Masses(NamedTuple):
 
 def masses(setting: Setting, state: RowState, tile: Tile) -> Masses:
     """Of rows of whole logits, whose log-sum-exps are known."""
-    own = slice(tile.first_row, tile.first_row + len(tile.student))
+    own = tile.own
     masked, measure = setting.masked, tile.measure
     lq = log_probs(tile.student, state.log_sum[own], 1.0, masked)
     student = tempered = _by_tile(lq.exp())
@@ -155,7 +155,7 @@ def live_columns(
     nothing = torch.zeros((), device=state.weight.device)
     blocks = Blocks(nothing, nothing, nothing, stop - start, TILE)
     for tile in tiles:
-        own = slice(tile.first_row, tile.first_row + len(tile.student))
+        own = tile.own
         found = masses(setting, state, tile)
         bounded = bounds(setting, state, own, tile.measure, found, TILE)
         blocks = blocks.plus(Blocks.of(bounded, found, len(tile.student), TILE))

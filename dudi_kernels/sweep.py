@@ -23,6 +23,8 @@ from dudi_kernels.nucleus import restrict
 from dudi_kernels.plan import Plan
 from dudi_kernels.skipping import Tally, live_columns
 from dudi_kernels.tiles import RowState, Setting, Steps, Tile, infinite_mask
+from dudi_kernels.topk import Top
+from dudi_kernels.topk_steps import TopKSteps
 from dudi_kernels.verbalized import Verbalized
 
 TILE_ROWS = 32  # that a GEMM takes at once
@@ -91,6 +93,7 @@ class Task(NamedTuple):
     tolerance: float = 0.0  # of skipping.py; 0: exact
     classes: Classes | None = None  # that the divergences are over; None: the vocabulary
     teacher_top_p: float = 1.0  # of nucleus.py; 1: the whole vocabulary
+    top: Top | None = None  # what is known of the teacher, in place of its side
 
 
 class RowValues(NamedTuple):
@@ -188,11 +191,13 @@ class Sweep:
         if task.teacher_top_p < 1:
             self.setting = self.setting._replace(masked=True)
         self.grads = new_gradients(task.student, task.needs)
-        self.verbalized = None
+        self.by_class: Verbalized | TopKSteps | None = None  # steps of rows with a divergence
         if task.classes is not None and other is not None:
-            self.verbalized = Verbalized(
+            self.by_class = Verbalized(
                 task.classes, backend, self.setting, self.state, other.vocab_size
             )
+        elif task.top is not None:
+            self.by_class = TopKSteps(task.top, backend, self.setting, self.state)
         self.mixes = True  # whether a backend makes the mixture of an adaptive divergence
         self.filled = False  # whether the weight's gradient has been written to
         self.tally = Tally(hidden.device)
@@ -287,7 +292,7 @@ class Sweep:
         for a, b, measure in runs(self.task.spans, start, stop):
             local = slice(a - start, b - start)
             other = None  # of the teacher's vocabulary, which has columns of its own with classes
-            if self.teacher is not None and (measure is not None or self.verbalized is None):
+            if self.teacher is not None and (measure is not None or self.by_class is None):
                 other = self.teacher[local, slice(first, last) if columns else slice(None)]
             read = measure is not None or self.task.teacher_log_prob
             wanted = Steps(
@@ -298,10 +303,10 @@ class Sweep:
                 gradient=gradient,
             )
             tile = Tile(self.student[local, first:last], other, a, first, measure)
-            if self.verbalized is None or measure is None:
+            if self.by_class is None or measure is None:
                 self.backend.steps(self.setting, self.state, tile, wanted)
             else:
-                self.verbalized.steps(tile, wanted)
+                self.by_class.steps(tile, wanted)
 
     def _gradient(self, start: int, stop: int, **earlier: Any) -> None:
         """The gradient of a chunk and what is made of it, after or together with earlier steps."""
@@ -340,7 +345,7 @@ class Sweep:
         state = self.state
         if self.grads.weight is not None and not self.filled:  # no rows
             self.grads.weight.zero_()
-        if self.setting.masked or (self.verbalized is not None and self.verbalized.masked):
+        if self.setting.masked or (self.by_class is not None and self.by_class.masked):
             for start, stop, measure in self.task.spans:
                 poles = state.poles[start:stop] & infinite_mask(measure)
                 state.divergence[start:stop].masked_fill_(poles != 0, torch.inf)
@@ -359,7 +364,7 @@ class Retain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        sweep: Any,  # Sweep, or another with `run` and `grads`
+        sweep: Sweep,
         combine: Callable[[RowValues], Tensor],  # the loss
         *inputs: Tensor | None,  # in the order of Needs
     ) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ from dudi_kernels.prepare import (
     with_low,
 )
 from dudi_kernels.sweep import Chunk, RowValues, Span, Task, chunks, even
+from dudi_kernels.topk import Top, TopKTeacher
 from dudi_kernels.verbalizer import Verbalizer
 
 Reference = Tensor | str | None
@@ -80,11 +81,20 @@ class Weights(NamedTuple):
         return torch.where(self.row == 0, 0, self.row * divergence)  # no 0 * inf
 
 
+class Guide(NamedTuple):
+    """What the divergences compare the student with: one side, or a few tokens, or nothing."""
+
+    teacher: Rows | None = None
+    classes: Classes | None = None  # that they are over; None: the vocabulary
+    top: Top | None = None
+    top_p: float = 1.0
+
+
 @traceable("student_hidden", "student_head", result=DuDiLoss)
 def linear_dudi_loss(
     student_hidden: Tensor,  # (N, D)
     student_head: Head,  # (V, D)
-    teacher_hidden: Tensor | None,  # (N, E)
+    teacher_hidden: Tensor | TopKTeacher | None,  # (N, E)
     teacher_head: Head | None,  # (V, E)
     targets: Tensor,  # (N,)
     segment_ids: Tensor,  # (N,) on the CPU or with the hidden states
@@ -121,6 +131,9 @@ def linear_dudi_loss(
     Replaces, with `y+` the rows of even segments and `y-` those of odd ones (and so on for more
     samples of a prompt)::
 
+        if isinstance(teacher_hidden, TopKTeacher):        # k classes, and one of what is left
+            p, q = teacher_hidden.log_probs.exp(), q.gather(-1, teacher_hidden.ids)
+            p, q = (cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
         D_off, D_on = divergence_off(p, q)[y+].sum(-1), divergence_on(p, q)[y-].sum(-1)
         D_off, D_on = divergence_weight[y+] * D_off, divergence_weight[y-] * D_on
         logp = log_softmax(student_logits, -1).gather(-1, targets[:, None])[:, 0]
@@ -138,7 +151,9 @@ def linear_dudi_loss(
 
     Args:
         teacher_hidden, teacher_head: None where no divergence and no reference needs a teacher;
-            unread then.
+            unread then. Or a `TopKTeacher` of all N rows, and None: divergences are then over its
+            tokens and one bucket with the rest of the vocabulary, at temperature 1, and rows that
+            it says nothing of (`TopKTeacher.spread`) have none; "teacher" can't be the reference.
         segment_ids: which sequence a row belongs to, not decreasing: 2 i is y+ of prompt i, 2 i + 1
             is y-; with G = `num_generations` samples of each prompt, (1 + G) i is y+, and the G
             numbers that follow are the y-, each of which makes a pair with it. Sequences may be
@@ -224,25 +239,36 @@ def linear_dudi_loss(
         scale=packing.sums(ones).clamp(min=1) ** -preference_length_power,
         weight=preference_weight / weights.pairs,
     )
-    teacher = classes = None
+    guide = Guide(top_p=top_p)
     if off_policy_weight or on_policy_weight or preference.from_teacher:
-        teacher, classes = _teacher(student, teacher_hidden, teacher_head, verbalizer)
-        checks.exact(gradient_tolerance, classes)
-        _check_measures(measures, (off_policy_weight, on_policy_weight), classes, top_p)
-        _check_reference(preference, classes, top_p)
+        if isinstance(teacher_hidden, TopKTeacher):
+            top = checks.top_k(
+                teacher_hidden,
+                teacher_head,
+                student,
+                temperatures,
+                gradient_tolerance,
+                top_p,
+                verbalizer,
+            )
+            guide = guide._replace(top=top)
+        else:
+            teacher, classes = _teacher(student, teacher_hidden, teacher_head, verbalizer)
+            guide = guide._replace(teacher=teacher, classes=classes)
+            checks.exact(gradient_tolerance, classes)
+            _check_measures(measures, (off_policy_weight, on_policy_weight), classes, top_p)
+        _check_reference(preference, guide)
     signals = _Signals(weights, packing, preference)
     engine = pick_backend(backend, student.hidden.device)
     task = signals.task(
         student,
-        teacher,
+        guide,
         flat,
         measures,
         temperatures,
         engine,
         memory_budget,
         gradient_tolerance,
-        classes,
-        top_p,
     )
     loss, values, skipped = scalar(student, task, signals.combine, engine, memory_budget)
     per_row = (values.divergence, values.log_prob, values.entropy, values.teacher_entropy)
@@ -261,26 +287,32 @@ class _Signals:
     def task(
         self,
         student: Rows,
-        teacher: Rows | None,
+        guide: Guide,
         targets: Tensor,
         measures: tuple[Measure, Measure],  # of y+, of y-
         temperatures: tuple[float, float],  # the student's, the teacher's
         backend: ModuleType,
         memory_budget: int,
         tolerance: float,
-        classes: Classes | None,
-        top_p: float,
     ) -> Task:
         w, packing = self.weights, self.packing
-        learner, guide = as_side(student), None if teacher is None else as_side(teacher)
-        skips = tolerance > 0
+        learner = as_side(student)
+        teacher = None if guide.teacher is None else as_side(guide.teacher)
         plan = make_plan(
-            learner, guide, list(measures), backend, memory_budget, skips, classes, top_p
+            learner,
+            teacher,
+            list(measures),
+            backend,
+            memory_budget,
+            skips=tolerance > 0,
+            classes=guide.classes,
+            top_p=guide.top_p,
+            top=guide.top,
         )
         positive = packing.positive
         return Task(
             student=learner,
-            teacher=guide,
+            teacher=teacher,
             targets=targets,
             weight=w.divergence(positive),
             spans=_spans(packing, (w.off_policy, w.on_policy), measures),
@@ -293,8 +325,9 @@ class _Signals:
             plan=plan,
             needs=wanted_gradients(student),
             tolerance=tolerance,
-            classes=classes,
-            teacher_top_p=top_p,
+            classes=guide.classes,
+            teacher_top_p=guide.top_p,
+            top=guide.top,
         )
 
     def combine(self, values: RowValues) -> Tensor:
@@ -421,18 +454,23 @@ def _check_measures(
             checks.finite_measure(name, measure, classes, top_p)
 
 
-def _check_reference(preference: Preference, classes: Classes | None, top_p: float) -> None:
+def _check_reference(preference: Preference, guide: Guide) -> None:
     if not preference.from_teacher:
         return
-    if classes is not None:
+    if guide.top is not None:
+        raise ValueError(
+            "reference_log_prob must not be 'teacher' with a TopKTeacher: targets that are not "
+            "among its tokens have no log-probability"
+        )
+    if guide.classes is not None:
         raise ValueError(
             "reference_log_prob must not be 'teacher' with a verbalizer that maps tokens: the "
             "teacher's log-probabilities are of its own"
         )
-    if top_p < 1:
+    if guide.top_p < 1:
         raise ValueError(
-            f"reference_log_prob must not be 'teacher' with teacher_top_p={top_p}: targets outside "
-            "of what the teacher is restricted to have no log-probability"
+            f"reference_log_prob must not be 'teacher' with teacher_top_p={guide.top_p}: targets "
+            "outside of what the teacher is restricted to have no log-probability"
         )
 
 

@@ -39,6 +39,11 @@ class Tile(NamedTuple):
     first_column: int
     measure: Measure | None
 
+    @property
+    def own(self) -> slice:
+        """Its rows among all."""
+        return slice(self.first_row, self.first_row + len(self.student))
+
 
 class Setting(NamedTuple):
     """What is the same for every tile of a sweep."""

@@ -76,7 +76,7 @@ class Verbalized:
         tokens = Tile(tile.teacher, None, tile.first_row, 0, None)
         both = Steps(statistics=True, sums=True)
         self.backend.steps(self.teacher_setting, self.teacher_state, tokens, both)
-        own = _rows(tile)
+        own = tile.own
         self.state.teacher_entropy[own] = self.teacher_state.entropy[own]
 
     def _divergence(self, tile: Tile, wanted: Steps) -> None:
@@ -99,7 +99,7 @@ class Verbalized:
         of_classes = Tile(student, teacher, tile.first_row, 0, tile.measure)
         self.backend.steps(self.class_setting, self.class_state, of_classes, own)
         if wanted.sums:
-            rows_of = _rows(tile)
+            rows_of = tile.own
             for name in ("divergence", "g_sum", "poles"):
                 getattr(self.state, name)[rows_of] = getattr(self.class_state, name)[rows_of]
 
@@ -117,7 +117,3 @@ class Verbalized:
             tokens = tile._replace(teacher=None, measure=None)
             self.backend.steps(self.setting, state, tokens, Steps(gradient=True))
             logits.add_(pulled)
-
-
-def _rows(tile: Tile) -> slice:
-    return slice(tile.first_row, tile.first_row + len(tile.student))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dudi import cli
 from dudi.config import DuDiConfig, ScriptArguments
+from dudi.evaluation import Result, TaskResult
 from dudi.export import export_model
 from dudi.run import run_training
 from dudi.saving import DiskError, flaw
@@ -142,6 +143,29 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     ):
         assert line in card.text
     assert "/home" not in card.content  # a card is published: no paths of whoever trained
+
+
+def test_the_card_of_evaluated_tasks(tmp_path: Path) -> None:
+    """What `dudi evaluate --output` writes: each task is a column, and in the front matter."""
+    row = {"row": 0, "language": "th", "group": "0"}
+    tasks = {
+        "exam": [row | {"questions": 1, "correct": 1}, row | {"questions": 1, "correct": 0}],
+        "text": [row | {"nll": 5.0, "chars": 4}],
+    }
+    result = Result("m", {
+        name: TaskResult(name, "", {"sha256": "0"}, rows, resamples=2)
+        for name, rows in tasks.items()
+    })  # fmt: skip
+    file = result.save(tmp_path / "tasks.json")
+    source = str(make_model(tmp_path / "source"))
+    card = ModelCard.load(
+        export_model(source, tmp_path / "out", evaluation=str(file)) / "README.md"
+    )
+    assert "| Thai | 0.500 | – |" in card.text and "| Thai | – | 1.250 |" in card.text
+    assert {(r.dataset_type, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
+        ("exam", "accuracy", 0.5),
+        ("text", "nll_per_char", 1.25),
+    }
 
 
 def test_a_card_of_a_model_that_nothing_is_known_of(tmp_path: Path) -> None:

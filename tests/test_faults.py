@@ -257,6 +257,26 @@ def test_a_disk_error_tells_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
+def test_a_library_s_own_files_on_a_read_only_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's events: its error names no run and no checkpoint."""
+    from torch.utils.tensorboard.writer import FileWriter
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                monkeypatch.setattr(FileWriter, "add_event", refuse)
+
+    wanted = f"{tmp_path.name} could not be written: .*Read-only.*checkpoint is .*-1. Make room"
+    with pytest.raises(DiskError, match=wanted):
+        make(tmp_path, callbacks=[Break()], report_to="tensorboard").train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
 def test_a_final_model_is_whole_or_not_there(tmp_path: Path) -> None:
     """As if killed in its write before, and with a full disk now."""
     trainer = make(tmp_path, max_steps=1)

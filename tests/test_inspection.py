@@ -207,6 +207,8 @@ def test_the_command(
             "there must be a teacher to look at",
         ),
         (["--dataset_name", "no.jsonl"], "'no.jsonl' does not exist"),
+        (["--teacher_cache", "cache"], "teacher_cache must be left out: a live teacher"),
+        (["--teacher_url", "http://localhost:1"], "teacher_url must be left out: a live teacher"),
     ],
 )
 def test_bad_arguments_are_told_in_a_line(

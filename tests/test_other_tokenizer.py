@@ -16,27 +16,15 @@ from test_teaching import GIVEN, make, normalizing, step, teacher_tokenizer
 from dudi import cli
 from dudi.bridge import MapSettings, build_bridge
 from dudi.callbacks import read_jsonl
-from dudi.demo_data import translation_rows
 from dudi.rows import Reader, TeacherPrompts
 from dudi.trainer import DuDiTrainer
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, str]:
-    """A student, a teacher with a tokenizer of its own and a dataset, on disk."""
-    folder = tmp_path / "inputs"
-    for name, own in (("student", tiny.tokenizer()), ("teacher", teacher_tokenizer())):
-        tiny.model(len(name), vocab=len(own)).save_pretrained(folder / name)
-        own.save_pretrained(folder / name)
-    lines = [json.dumps(row) for row in translation_rows("train")[:12]]
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {
-        "model_name_or_path": str(folder / "student"),
-        "teacher_model_name_or_path": str(folder / "teacher"),
-        "dataset_name": str(folder / "data.jsonl"),
-        "preference_weight": "0.1",
-        "verbalizer_cache_dir": "null",
-    }
+    """With a teacher that has a tokenizer of its own."""
+    made = tiny.write_inputs(tmp_path / "inputs", teacher_tokenizer())
+    return made | {"preference_weight": "0.1", "verbalizer_cache_dir": "null"}
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:

@@ -320,6 +320,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             "neither a folder here nor a Hub",
         ),
         ({"on_policy_weight": 1}, (), "teacher_model_name_or_path must be given"),
+        ({"on_policy_weight": 1, "teacher_cache": "c"}, (), "teacher_cache must be left out"),
+        ({"off_policy_weight": 1, "teacher_url": "u"}, (), "teacher_url must be left out"),
         ({"optim": "adamw_bnb_8bit"}, (), "optim 'adamw_bnb_8bit' can't be planned"),
         ({"model_init_kwargs": {"load_in_4bit": True}}, (), "must not have load_in_4bit"),
         (

@@ -158,6 +158,10 @@ def test_a_base_model_needs_the_tokenizer_that_the_recipe_names(
         (["--verbalizer_templates", "{jv: '{{ x'}"], "language 'jv' is not valid jinja2"),
         (["--dataset_name", "null"], "dataset_name must be given"),
         (["--model_config", "{model_type: llama}"], "exactly one of model_name_or_path"),
+        (
+            ["--teacher_model_name_or_path", "null", "--teacher_url", "http://localhost:1"],
+            "teacher_model_name_or_path must be given with teacher_url",
+        ),
     ],
 )
 def test_mistakes_of_a_recipe_are_found(
@@ -276,6 +280,18 @@ def test_a_head_without_rows_for_special_tokens() -> None:
 
 def make(folder: Path, **more: Any) -> recipes.Miniature:
     return recipes.miniature(read_config_file(PAPER) | more, folder)
+
+
+def test_one_process_and_a_live_teacher_stand_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"fsdp_size": 8, "teacher_cache": "cache"}
+    made = make(tmp_path, **given)
+    assert not given.keys() & made.options.keys() and made.teacher is not None
+    assert all(made.changes[name] == (value, None) for name, value in given.items())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(tmp_path / "run") == 2
+    assert "miniature must run in one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -106,6 +106,22 @@ def test_what_the_teacher_writes_is_a_dataset_to_train_on(tmp_path: Path) -> Non
     assert cli.main(["train", *(w for n, v in options.items() for w in (f"--{n}", str(v)))]) == 0
 
 
+def test_bad_rows_are_left_out_if_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [ROWS[0], {**ROWS[1], "prompt": [{"role": None, "content": "x"}]}]
+    assert cli.main(words(tmp_path, rows)) == 2
+    assert "row 1 of the train dataset: prompt must be a list of messages" in told(capsys)
+    assert cli.main(words(tmp_path, rows, bad_rows="skip")) == 0
+    sidecar = json.loads((tmp_path / "out.provenance.json").read_text())
+    assert sidecar["counts"]["bad rows"] == 1 and sidecar["bad_rows"][0]["row"] == 1
+    (tmp_path / "out.jsonl").unlink()
+    assert cli.main(words(tmp_path, rows[1:], bad_rows="skip")) == 2
+    assert "no prompt of the train dataset is left: 0 are overlong, 1 bad; the fi" in told(capsys)
+    assert cli.main(words(tmp_path, [{"messages": ["hello"]}])) == 2
+    assert "row 0 of the train dataset: prompt must be a list of messages" in told(capsys)
+
+
 def test_shards_kills_and_one_process_write_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,23 +12,11 @@ import pytest
 import tiny
 
 from dudi import cli
-from dudi.demo_data import translation_rows
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, str]:
-    """A student, a teacher and a dataset on disk."""
-    folder = tmp_path / "inputs"
-    for name, seed in (("student", 0), ("teacher", 1)):
-        tiny.model(seed).save_pretrained(folder / name)
-        tiny.tokenizer().save_pretrained(folder / name)
-    lines = [json.dumps(row) for row in translation_rows("train")[:12]]
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {
-        "model_name_or_path": str(folder / "student"),
-        "teacher_model_name_or_path": str(folder / "teacher"),
-        "dataset_name": str(folder / "data.jsonl"),
-    }
+    return tiny.write_inputs(tmp_path / "inputs")
 
 
 def words(options: dict[str, Any]) -> list[str]:

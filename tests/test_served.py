@@ -218,6 +218,11 @@ def changed(**choice: Any) -> dict[str, Any]:
     return {"choices": [{**RECORDED["choices"][0], **choice}]}  # type: ignore[index]
 
 
+def said(values: dict[str, float]) -> dict[str, Any]:
+    position = {i: {"logprob": value} for i, value in values.items()}
+    return changed(prompt_logprobs=[None, {}, position])
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -235,6 +240,11 @@ def changed(**choice: Any) -> dict[str, Any]:
             (200, changed(prompt_logprobs=[None, {}, {str(i): {"logprob": 1} for i in range(2)}])),
             "must give 2 log-probabilities",
         ),
+        ((200, said({"4": -1.0, "7": -1.5})), "must say how likely the own token 5 is"),
+        ((200, said({"5": -1.0, "05": -1.5})), "must name tokens below 6, each once"),
+        ((200, said({"5": -1.0, "-1": -1.5})), "must name tokens below 6, each once"),
+        ((200, said({"5": -0.1, "7": -0.1})), "must give probabilities that sum to 1 at most"),
+        ((200, said({"5": -0.1, "7": float("nan")})), "must give 2 log-probabilities"),
     ],
 )
 def test_rubbish_is_an_error_that_says_what_came(answer: Any, message: str) -> None:

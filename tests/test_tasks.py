@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dudi.evaluation.sources import Absent
 from dudi.evaluation.task import Task
 
 
-def written(folder: Path, content: Any, rows: list[dict[str, Any]] | None = None) -> Path:
+def written(folder: Path, content: Any, rows: Sequence[Any] | None = None) -> Path:
     lines = rows if rows is not None else [{"q": "What?", "a": "That."}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines), "utf-8")
     path = folder / "task.yaml"

@@ -200,11 +200,13 @@ def test_confidence_gating_weighs_rows_of_given_responses(tmp_path: Path) -> Non
     trainer = make(tmp_path, confidence_gating=0.5)
     batch, output = step(trainer)
     targets, given = batch.lesson.seen.targets[:, None], batch.student.segment_ids % 2 == 0
+    assert torch.equal(batch.lesson.plain.targets[:, None], targets[given])  # y- are not gated
     says = [
-        log_probs(trainer.teacher, packed).gather(1, targets)[:, 0]
+        log_probs(trainer.teacher, packed).gather(1, packed.targets[:, None])[:, 0]
         for packed in (batch.lesson.seen, batch.lesson.plain)
     ]
-    gate = (0.5 * (says[0] - says[1]).clamp(max=0)).exp()
+    gate = torch.ones(len(given), dtype=torch.float64)
+    gate[given] = (0.5 * (says[0][given] - says[1]).clamp(max=0)).exp()
     q = log_probs(trainer.model, batch.student).exp()
     p = log_probs(trainer.teacher, batch.lesson.seen).exp()
     off, on = (gate * kl(p, q))[given].mean(), kl(q, p)[~given].mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def model(
 
 def rows(count: int = 24, split: str = "train") -> Dataset:
     return Dataset.from_list(translation_rows(split)[:count])
+
+
+def write_inputs(folder: Path, teacher_tokenizer: Any = None) -> dict[str, str]:
+    """A student, a teacher and a dataset on disk; the options that name them."""
+    both = ("student", tokenizer()), ("teacher", teacher_tokenizer or tokenizer())
+    for seed, (name, own) in enumerate(both):
+        model(seed, vocab=len(own)).save_pretrained(folder / name)
+        own.save_pretrained(folder / name)
+    write_rows(folder / "data.jsonl")
+    return {
+        "model_name_or_path": str(folder / "student"),
+        "teacher_model_name_or_path": str(folder / "teacher"),
+        "dataset_name": str(folder / "data.jsonl"),
+    }
+
+
+def write_rows(path: Path, split: str = "train", count: int = 12) -> None:
+    lines = [json.dumps(row) + "\n" for row in translation_rows(split)[:count]]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def examples(count: int = 12) -> list[dict[str, Any]]:

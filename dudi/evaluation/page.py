@@ -19,7 +19,7 @@ from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.tables import DASH, spelt, with_interval
 from dudi.report_figures import labelled, language_name, ticks
 
-WIDTH, LEFT, RIGHT, LINE = 420.0, 8.0, 8.0, 16.0  # of a drawing, in SVG units
+WIDTH, LEFT, RIGHT, LINE = 420.0, 92.0, 8.0, 11.0  # of a drawing, in SVG units
 SAMPLES = 3  # of each language
 MAX_TEXT = 600
 
@@ -96,15 +96,14 @@ def _drawing(lines: list[Compared], digits: int) -> Drawing | None:
     def at(x: float) -> float:
         return round(LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
 
-    bars, labels, y = [], [], 4.0
+    bars, labels, y = [], [], 8.0
     for line in lines:
-        labels.append((y + 10, _name(line.language)))
-        y += LINE
+        labels.append((y + 4, _name(line.language)))
         for run, value in enumerate(line.values):
             if math.isfinite(value.value):
                 bars.append(_bar(run, y, value, at, digits))
-            y += LINE * 0.7
-        y += 6
+            y += LINE
+        y += LINE
     marks = [(at(x), text) for x, text in labelled(ticks(low, high))]
     return Drawing(round(y + 14, 1), marks, bars, labels)
 

@@ -92,7 +92,8 @@ class Scorer:
         values = linear_distill_loss(
             hidden,
             head,
-            *guide.side,
+            guide.hidden,
+            guide.head,
             targets=packed.targets,
             verbalizer=bridge.verbalizer,
             memory_budget=self.memory_budget,

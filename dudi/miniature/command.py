@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -50,6 +51,8 @@ def run_miniature(
     can't be told or made small, and for a signal that is on but has no loss.
     """
     quiet_libraries()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("miniature must run in one process: leave torchrun out")
     started = time.monotonic()
     if output_dir is not None:
         overwrite = bool(options.get("overwrite"))

@@ -55,8 +55,11 @@ OFTEN = {
     "warmup_steps": 1,
 }
 FIXED = {"max_steps": STEPS, "logging_steps": 1, "report_to": "none", "verbalizer_cache_dir": None}
-# A teacher that answers from afar or from a cache says nothing about the miniature's tokens.
-LEFT_OUT = ("dataset_config", "resume", "push_to_hub", "teacher_cache", "teacher_url")
+# A teacher that answers from afar or from a cache says nothing about the miniature's tokens: a live
+# one stands in. A single process has nobody to share with.
+LEFT_OUT = (
+    "dataset_config", "resume", "push_to_hub", "teacher_cache", "teacher_url", "fsdp_size",
+)  # fmt: skip
 # Of from_pretrained: where weights come from and where they go.
 PLACES = (
     "revision", "subfolder", "variant", "token", "device_map", "max_memory", "offload_folder",
@@ -191,6 +194,12 @@ def _new_student(options: dict[str, Any], small: dict[str, Any], folder: Path) -
 def _teacher(options: dict[str, Any], small: dict[str, Any], folder: Path) -> Model | None:
     name = options.get("teacher_model_name_or_path")
     if name is None:
+        for known in ("teacher_cache", "teacher_url"):
+            if options.get(known) is not None:
+                raise ValueError(
+                    f"teacher_model_name_or_path must be given with {known} for a miniature: a "
+                    "small live teacher of its architecture stands in"
+                )
         return None
     origin = original(name, "teacher_model_name_or_path")
     tokenizer = _tokenizer(origin, options.get("teacher_tokenizer_name_or_path"))

@@ -72,8 +72,9 @@ def teacher_spec(config: DuDiConfig) -> Spec | None:
     """None where no signal needs a teacher."""
     if not config.needs_teacher:
         return None
-    if config.teacher_cache is not None or config.teacher_url is not None:
-        raise ValueError("what is planned is a live teacher: leave teacher_cache, teacher_url out")
+    for option in ("teacher_cache", "teacher_url"):
+        if getattr(config, option) is not None:
+            raise ValueError(f"{option} must be left out: what is planned is a live teacher")
     if config.teacher_model_name_or_path is None:
         raise ValueError("teacher_model_name_or_path must be given: a signal needs a teacher")
     kwargs = _kwargs(config.teacher_model_init_kwargs, "teacher_model_init_kwargs")

@@ -123,6 +123,7 @@ class Refinement(NamedTuple):
     """Of what the teacher says."""
 
     plain: bool  # it reads the student's prompt as well
+    mixed: bool  # for all that it scores, not for y+ alone
     gated: bool
     copied: bool  # its rows are put at those of the student
 
@@ -137,10 +138,12 @@ def teach(spec: Spec, load: Load, precision: Precision, refinement: Refinement, 
     def run() -> Tensor:
         hidden = hidden_rows(model, count, load.teacher_prompt_length, load.completion_length)
         if refinement.plain:
-            plain = hidden_rows(model, count, load.prompt_length, load.completion_length)
+            read = count if refinement.mixed else load.prompts
+            plain = hidden_rows(model, read, load.prompt_length, load.completion_length)
             if refinement.gated:
                 _use(live, gate.workspace)
-            hidden = torch.lerp(plain, hidden, 0.5)
+            if refinement.mixed:
+                hidden = torch.lerp(plain, hidden, 0.5)
         if refinement.copied:
             whole = hidden.new_zeros(load.rows, hidden.shape[1])
             return whole.index_copy_(0, torch.zeros(len(hidden), dtype=torch.long), hidden)

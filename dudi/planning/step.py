@@ -64,6 +64,7 @@ def step_phases(
     if teacher is not None:
         refinement = Refinement(
             config.needs_plain_teacher,
+            config.verbalized_share < 1,
             config.confidence_gating > 0 and config.off_policy_weight > 0,
             config.teacher_skip_tokens > 0 or load.taught < load.sides,
         )

@@ -115,7 +115,7 @@ def steps(setting: Setting, state: RowState, tile: Tile, wanted: Steps) -> None:
             teacher=None if tile.teacher is None else tile.teacher[local],
             first_row=tile.first_row + start,
         )
-        own = slice(part.first_row, part.first_row + len(part.student))
+        own = part.own
         if wanted.statistics or wanted.teacher_statistics:
             _statistics(setting, state, part, own, wanted)
         if wanted.mixture:

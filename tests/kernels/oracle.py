@@ -70,6 +70,12 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+def bucketed(probs: Tensor, ids: Tensor) -> Tensor:
+    """(..., k + 1) what the named tokens have, and the rest."""
+    rest = probs.scatter(-1, ids, 0.0).sum(-1, keepdim=True)
+    return torch.cat([probs.gather(-1, ids), rest], -1)
+
+
 def logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
 ) -> Tensor:
@@ -115,6 +121,8 @@ def dudi(
     samples: int = 1,  # of each prompt
     kind: str = "sigmoid",
     margin: float = 0.0,
+    top: tuple[Tensor, Tensor] | None = None,  # (N, k) ids and log-probabilities of the teacher
+    row_weight: Tensor | None = None,  # of the divergence
 ) -> dict[str, Tensor]:
     """The three signals, one sequence after the other."""
     group = 1 + samples
@@ -136,6 +144,11 @@ def dudi(
         other = log_prob(teacher_scores, targets)
     q = (scores / temperature).softmax(-1)
     p = None if teacher_scores is None else (teacher_scores / temperature).softmax(-1)
+    if top is not None:
+        ids, log_probs = top
+        p, q = log_probs.double().exp(), bucketed(q, ids)
+        silent = p.sum(-1, keepdim=True) == 0  # nothing is known: taken to agree
+        p = torch.where(silent, q.detach(), torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1))
     zero = torch.zeros((), dtype=scores.dtype)
     off = on = ce = preference = zero
     sums: list[Tensor] = []
@@ -151,7 +164,10 @@ def dudi(
         lengths.append(max(int(rows.sum()), 1))
         if p is not None:
             name = divergences[segment % group > 0]
-            value = DIVERGENCES[name](p[rows], q[rows], beta, alpha).sum()
+            value = DIVERGENCES[name](p[rows], q[rows], beta, alpha)
+            if top is not None and name == "adaptive_kl":
+                value = adaptive_kl(p[rows], q[rows], bucket=True)
+            value = (value if row_weight is None else row_weight[rows] * value).sum()
             off, on = (off + value, on) if segment % group == 0 else (off, on + value)
         if segment % group == 0:
             ce = ce - own[rows].sum()

@@ -27,6 +27,7 @@ from dudi_kernels import (
     distributed_adaptive,
     linear_cross_entropy,
     linear_distill_loss,
+    linear_dudi_loss,
     linear_log_prob,
 )
 
@@ -336,6 +337,14 @@ def refusals(rank: int, world: int) -> dict[str, Callable[[], object]]:
         "top-p": lambda: loss(teacher_top_p=0.9),
         "top-k": lambda: linear_distill_loss(
             student.hidden, part(student), TopKTeacher(ids, torch.zeros(8, 1))
+        ),
+        "top-k signals": lambda: linear_dudi_loss(
+            student.hidden,
+            part(student),
+            TopKTeacher(ids, torch.zeros(8, 1)),
+            None,
+            targets,
+            torch.arange(8),
         ),
         "verbalizer": lambda: against(part(teacher), verbalizer=Verbalizer.prefix(VOCAB, VOCAB)),
         "whole teacher": lambda: against(teacher.weight.detach()),

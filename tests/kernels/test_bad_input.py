@@ -12,6 +12,7 @@ from dudi_kernels import (
     LMHead,
     LoRA,
     TopKTeacher,
+    Verbalizer,
     linear_cross_entropy,
     linear_distill,
     linear_distill_loss,
@@ -181,7 +182,32 @@ DUDI = [
         ValueError,
         "reference_log_prob must be finite or -inf, got nan of sequence 2",
     ),
-    ({"teacher_hidden": TOP}, TypeError, "only linear_distill_loss takes a TopKTeacher"),
+    ({"teacher_hidden": TOP}, ValueError, "teacher_head must not be given with a TopKTeacher"),
+    *(
+        ({"teacher_hidden": TOP, "teacher_head": None, **change}, ValueError, message)
+        for change, message in (
+            ({"teacher_temperature": 0.5}, "temperature must be 1 with a TopKTeacher"),
+            ({"gradient_tolerance": 0.1}, "gradient_tolerance must be 0 with a TopKTeacher, got"),
+            ({"teacher_top_p": 0.9}, "teacher_top_p must be 1 with a TopKTeacher, got 0.9"),
+            ({"verbalizer": Verbalizer.prefix(V, V)}, "verbalizer must be None with a TopKTeach"),
+            (
+                {
+                    "preference_weight": 1,
+                    "reference_log_prob": "teacher",
+                    "segment_ids": torch.tensor([0, 0, 1, 1, 2, 3]),
+                },
+                "reference_log_prob must not be 'teacher' with a TopKTeacher",
+            ),
+            (
+                {"teacher_hidden": TopKTeacher(TOP.ids[1:], TOP.log_probs[1:])},
+                "the TopKTeacher must have 6 rows as student_hidden, got 5",
+            ),
+            (
+                {"teacher_hidden": TopKTeacher(TOP.ids + V, TOP.log_probs)},
+                "ids must be in [0, 20), those of row 0 are not",
+            ),
+        )
+    ),
     ({"segment_ids": torch.tensor([0, 0, 1, 1, 3, 2])}, ValueError, "must not decrease, got 2"),
     ({"segment_ids": torch.tensor([-1, 0, 1, 1, 2, 3])}, ValueError, "not be negative, got -1"),
     ({"segment_ids": torch.zeros(N)}, TypeError, "segment_ids must be integers"),
@@ -250,7 +276,8 @@ def test_the_rest():
         "num_segments must be an integer, got 6.5",
     )
     given = {**arguments(), "teacher_hidden": TOP}
-    refuses(linear_distill, given, TypeError, "only linear_distill_loss takes a TopKTeacher")
+    message = "only linear_distill_loss and linear_dudi_loss take a TopKTeacher"
+    refuses(linear_distill, given, TypeError, message)
     for settings, error, message in (
         ({"weight": head.to_sparse()}, TypeError, "weight must be a dense tensor, got"),
         ({"weight": head, "lora": 5}, TypeError, "lora must be a LoRA or None, got int"),
@@ -275,6 +302,15 @@ def test_the_rest():
     for change, kind, text in wrong:
         given = {"ids": TOP.ids, "log_probs": TOP.log_probs, **change}
         refuses(TopKTeacher, given, kind, text)
+    for index, rows, kind, text in (
+        ([0], 9, TypeError, "index must be a tensor of integers, got [0]"),
+        (torch.arange(5), 9, ValueError, "index must name 6 different rows, got (5,)"),
+        (torch.zeros(6).long(), 9, ValueError, "got (6,) of which 1 differ"),
+        (torch.arange(6) + 4, 9, ValueError, "index must be in [0, 9), got 4 to 9"),
+        (torch.arange(6), 5, ValueError, "rows must be at least 6, got 5"),
+        (torch.arange(6), 9.0, TypeError, "rows must be an integer, got 9.0"),
+    ):
+        refuses(TOP.spread, {"index": index, "rows": rows}, kind, text)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +321,10 @@ def test_the_rest():
         ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
         ({"teacher_width": 0}, ValueError, "teacher_width must be at least 1, got 0"),
         ({"teacher_width": 2.5}, TypeError, "teacher_width must be an integer, got 2.5"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": 21}, ValueError, "top_k must be at most 20, got 21"),
+        ({"top_k": 4, "teacher_width": 8}, ValueError, "top_k must be None with teacher_width"),
+        ({"top_k": 4, "per_row": True}, ValueError, "top_k must be None with teacher_width or per"),
         ({"dtype": torch.float64}, TypeError, "dtype must be torch.float32, bfloat16 or float16"),
         ({"dtype": "bf16"}, TypeError, "dtype must be torch.float32, bfloat16 or float16"),
         ({"device": "gpu"}, ValueError, "device must be one that torch knows, got 'gpu'"),

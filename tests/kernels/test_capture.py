@@ -142,13 +142,14 @@ def cross_entropy(reduction: Any) -> Callable[..., Any]:
     )
 
 
-def dudi(p: Problem, **more: Any) -> Any:
+def dudi(p: Problem, few: bool = False, **more: Any) -> Any:
     off, on, pairs = p.counts
+    teacher = p.top if few else p.teacher.nan_to_num()
     return linear_dudi_loss(
         p.student.nan_to_num(),
         p.head,
-        p.teacher.nan_to_num(),
-        p.teacher_head,
+        teacher,
+        None if few else p.teacher_head,
         p.targets.clamp(min=0),
         p.host_segments,
         preference_weight=0.3,
@@ -184,6 +185,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 ON_GPU_ONLY: dict[str, Callable[..., Any]] = {
     "sequence_log_prob-ids on the CPU": lambda p, **more: sequences(p, p.host_segments, **more),
     "dudi": dudi,
+    "dudi-top_k": lambda p, **more: dudi(p, few=True, reference_log_prob=None, **more),
     "dudi-adaptive_kl": lambda p, **more: dudi(p, off_policy_divergence="adaptive_kl", **more),
     "dudi-reference": lambda p, **more: dudi(
         p, reference_log_prob=torch.zeros(4, device=p.student.device), **more

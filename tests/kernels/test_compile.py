@@ -178,14 +178,19 @@ def _top_k(teacher):
     return values.indices, values.values
 
 
+@pytest.mark.parametrize("name", ["distill_loss", "dudi"])
 @pytest.mark.parametrize("where", ["outside", "inside"])
-def test_a_teacher_of_few_tokens(where, student, teacher):
+def test_a_teacher_of_few_tokens(where, name, student, teacher):
     ids, log_probs = _top_k(teacher)
     outside = TopKTeacher(ids, log_probs)
 
     def loss():
         guide = TopKTeacher(ids, log_probs) if where == "inside" else outside
-        return linear_distill_loss(student.hidden, head(student), guide).loss
+        sides = student.hidden, head(student), guide, None
+        if name == "distill_loss":
+            return linear_distill_loss(*sides).loss
+        settings: dict[str, Any] = {"num_pairs": 2, "preference_weight": 0.3, "ce_weight": 0.2}
+        return linear_dudi_loss(*sides, TARGETS, SEGMENTS, **settings).loss
 
     want = torch.autograd.grad(loss(), student.inputs)
     run = torch.compile(loss, fullgraph=True, backend="aot_eager")

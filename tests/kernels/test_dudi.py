@@ -18,9 +18,15 @@ from cases import (
     make_targets,
 )
 
-from dudi_kernels import linear_cross_entropy, linear_distill_loss, linear_dudi_loss
+from dudi_kernels import (
+    TopKTeacher,
+    linear_cross_entropy,
+    linear_distill_loss,
+    linear_dudi_loss,
+)
 from dudi_kernels.plan import Plan
 from dudi_kernels.preference import PREFERENCES, Packing
+from dudi_kernels.prepare import pick_backend
 from dudi_kernels.three_signals import _groups
 
 VOCAB = 301
@@ -40,13 +46,25 @@ def make(lengths=LENGTHS, dtype=torch.float32, **style):
 
 
 def dudi(student, teacher, targets, segments, **settings):
-    return linear_dudi_loss(
-        student.hidden, student.head, teacher.hidden, teacher.head, targets, segments, **settings
-    )
+    guide = (teacher, None)
+    if not isinstance(teacher, TopKTeacher):
+        guide = (teacher.hidden, teacher.head)
+    return linear_dudi_loss(student.hidden, student.head, *guide, targets, segments, **settings)
 
 
-def compare(problem, rtol, *, weights, reference, memory_budget=2**28, backend="auto", **settings):
+def compare(
+    problem,
+    rtol,
+    *,
+    weights,
+    reference,
+    memory_budget=2**28,
+    backend="auto",
+    row_weight=None,
+    **settings,
+):
     student, teacher, targets, segments = problem
+    known = isinstance(teacher, TopKTeacher)
     options = {
         "divergences": ("jsd", "reverse_kl"),
         "beta": 0.3,
@@ -81,6 +99,7 @@ def compare(problem, rtol, *, weights, reference, memory_budget=2**28, backend="
         preference_loss=options["kind"],
         preference_margin=options["margin"],
         num_generations=options["samples"],
+        divergence_weight=row_weight,
         off_policy_rows=off,
         on_policy_rows=on,
         pairs=pairs,
@@ -88,14 +107,16 @@ def compare(problem, rtol, *, weights, reference, memory_budget=2**28, backend="
         backend=backend,
     )
     got.loss.backward()
-    want, guide = student.double(), teacher.double()
+    want = student.double()
     true = oracle.dudi(
         want.logits(),
-        guide.logits(),
+        None if known else teacher.double().logits(),
         targets,
         segments,
         weights=weights,
         reference=None if reference == "teacher" and not weights[2] else reference,
+        top=(teacher.ids, teacher.log_probs) if known else None,
+        row_weight=row_weight,
         **options,
     )
     true["loss"].backward()
@@ -304,3 +325,130 @@ def test_a_target_that_both_mask_leaves_gradients_finite():
     got.loss.backward()
     assert not got.loss.isfinite()  # inf - inf: the pair has no margin
     assert all(t.grad.isfinite().all() for t in student.inputs)
+
+
+# ---- a teacher known by its likeliest tokens -----------------------------------------------------
+
+SILENT = [1, 10, 20]  # rows of y+, y- and a whole sequence's last
+
+
+def likeliest(k=7, **more):
+    """The problem with such a teacher, which says nothing of some rows."""
+    student, teacher, targets, segments = make(**more)
+    log_probs, ids = teacher.logits().detach().float().log_softmax(-1).topk(k)
+    known = torch.ones(len(targets), dtype=torch.bool)
+    known[SILENT] = False
+    rows = known.nonzero()[:, 0]
+    guide = TopKTeacher(ids[rows], log_probs[rows]).spread(rows, len(targets))
+    targets[::3] = ids[::3, 2]  # some among its tokens
+    return student, guide, targets, segments
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("style", STYLES, ids=["plain", "shaped"])
+def test_likeliest_tokens_match_the_textbook(style, weights, budget, backend):
+    got = compare(
+        likeliest(**style),
+        1e-5,
+        weights=weights,
+        reference=-torch.rand(len(LENGTHS)) * 30,
+        memory_budget=budget,
+        backend=backend,
+        length_power=1 if style else 0,
+        denominators=(40.0, 50.0, 9.0) if style else (None, None, None),
+        row_weight=torch.rand(sum(LENGTHS)) if style else None,
+    )
+    assert not got.divergence[SILENT].any() and not got.teacher_entropy[SILENT].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize(
+    "divergences", list(itertools.pairwise([*oracle.DIVERGENCES, "forward_kl"])), ids="-".join
+)
+def test_likeliest_tokens_in_divergences_and_dtypes(divergences, dtype, backend):
+    compare(
+        likeliest(dtype=dtype),
+        max(RTOL[dtype], KINK_RTOL if "total_variation" in divergences else 0),
+        weights=(1.0, 0.7, 0.3, 0.2),
+        reference=None,
+        divergences=divergences,
+        samples=3,
+        memory_budget=60_000,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_tokens_are_the_whole_teacher(backend):
+    """Nothing is left for the bucket."""
+    student, teacher, targets, segments = make(bias=True)
+    log_probs, ids = teacher.logits().detach().float().log_softmax(-1).topk(VOCAB)
+    settings = {"preference_weight": 0.3, "ce_weight": 0.2, "backend": backend}
+    whole = dudi(student, teacher, targets, segments, **settings)
+    known = dudi(student, TopKTeacher(ids, log_probs), targets, segments, **settings)
+    for name, a, b in zip(whole._fields, known, whole, strict=True):
+        assert error(a, b) < VALUE_RTOL, name
+    for a, b in zip(
+        torch.autograd.grad(known.loss, student.inputs),
+        torch.autograd.grad(whole.loss, student.inputs),
+        strict=True,
+    ):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_likeliest_tokens_take_one_sweep(backend, monkeypatch):
+    student, guide, targets, segments = likeliest()
+    module = pick_backend(backend, targets.device)
+    rows, made = [], module.project
+
+    def project(side, out):
+        rows.append(len(out))
+        return made(side, out)
+
+    monkeypatch.setattr(module, "project", project)
+    dudi(student, guide, targets, segments, preference_weight=0.3, ce_weight=0.2, backend=backend)
+    assert rows == [sum(LENGTHS)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "inside"), [("torch", True), ("torch", False), ("triton", True)]
+)
+def test_a_near_certain_target_keeps_its_gradient(inside, backend):
+    """1 - q of it is not made of 1 and q, be it among the teacher's tokens or not. (Outside of them
+    Triton's log-sum-exp, in fp32, has lost it.)"""
+    student, _, targets, segments = make(bias=True)
+    targets.fill_(5)
+    with torch.no_grad():
+        student.bias[5] = 24.0
+    known = torch.full((len(targets), 1), 5 if inside else 6)
+    guide = TopKTeacher(known, torch.full(known.shape, -0.5))
+    weights = {"off_policy_weight": 1e-18, "on_policy_weight": 0.0, "ce_weight": 1.0}
+    dudi(student, guide, targets, segments, backend=backend, **weights).loss.backward()
+    want = student.double()
+    own = oracle.log_prob(want.logits(), targets)
+    assert float(own.detach().expm1().abs().median()) < 1e-6
+    given = segments % 2 == 0
+    (-own[given].mean()).backward()
+    for a, b in zip(student.hidden.grad[given], want.hidden.grad[given], strict=True):
+        assert error(a, b) < 1e-4
+
+
+def test_likeliest_tokens_that_nothing_asks_for_are_not_read():
+    student, guide, targets, segments = likeliest()
+    wrong = TopKTeacher(guide.ids + VOCAB, guide.log_probs)
+    settings = {"off_policy_weight": 0, "on_policy_weight": 0, "ce_weight": 1.0}
+    got = dudi(student, wrong, targets, segments, **settings)
+    assert got.loss == dudi(student, guide, targets, segments, **settings).loss
+    assert not got.divergence.any() and not got.teacher_entropy.any()
+
+
+def test_no_rows_of_likeliest_tokens():
+    student, _, targets, segments = make([0, 0])
+    guide = TopKTeacher(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3))
+    got = dudi(student, guide, targets, segments, preference_weight=0.5, ce_weight=1.0)
+    got.loss.backward()
+    assert got.loss == 0 and not student.weight.grad.any()

@@ -12,6 +12,7 @@ from cases import error, make_side, make_targets
 from torch.profiler import ProfilerActivity, profile
 
 from dudi_kernels import (
+    TopKTeacher,
     Verbalizer,
     linear_cross_entropy,
     linear_distill,
@@ -369,6 +370,22 @@ def test_plan_memory_with_a_verbalizer(teacher_vocab, per_row):
     assert found.peak <= wanted.peak * 1.1 + SLACK
     if native.library() is not None:  # else it is an upper bound
         assert found.peak >= wanted.peak * 0.9 - SLACK
+
+
+@pytest.mark.parametrize("top_k", [64, 1024])
+@pytest.mark.parametrize("function", [linear_distill_loss, linear_dudi_loss])
+def test_plan_memory_of_likeliest_tokens(function, top_k):
+    student, targets = make_side(ROWS, VOCAB, WIDTH), make_targets(ROWS, VOCAB)
+    log_probs, ids = torch.randn(ROWS, VOCAB).log_softmax(-1).topk(top_k)
+    sides = student.hidden, student.head, TopKTeacher(ids, log_probs), None
+    packed = (targets, torch.zeros_like(targets)) if function is linear_dudi_loss else ()
+    budget = 12_000_000
+    plan = plan_memory(ROWS, VOCAB, WIDTH, top_k=top_k, memory_budget=budget)
+    assert plan.strategy == "retain" and plan.workspace <= budget
+    found = measure(lambda: function(*sides, *packed, memory_budget=budget).loss.backward())
+    assert found.peak <= plan.peak * 1.1
+    if native.library() is not None:  # very many tokens: most of it is what some losses need
+        assert found.peak >= plan.peak * (0.9 if top_k < 1000 else 0.8)
 
 
 def test_plan_memory_counts_the_gemms():

@@ -301,6 +301,7 @@ REFUSED = {
     "tolerance": "gradient_tolerance must be 0 with a sharded student_head, got 0.1",
     "top-p": "teacher_top_p must be 1 with a sharded student_head, got 0.9",
     "top-k": "student_head must not be sharded with a TopKTeacher",
+    "top-k signals": "student_head must not be sharded with a TopKTeacher",
     "verbalizer": "verbalizer must be None with sharded heads",
     "whole teacher": "teacher_head must be sharded as the other head, .*got a whole head",
     "whole student": "student_head must be sharded as the other head, .*got a whole head",
