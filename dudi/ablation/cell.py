@@ -1,0 +1,274 @@
+"""One cell: from the warm start, trained by its method, validated on the way, tested, written down.
+
+Seconds are those of the process's CPU in training alone (the teacher, sampling and the loss; no
+validation, no loading): with one thread a worker they hardly depend on what else the machine does.
+The result has every test row's additive values (dudi.evaluation), which all statistics are made of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import TrainerCallback
+
+from dudi.ablation.grid import START
+from dudi.ablation.methods import SAME_TEXT, method
+from dudi.ablation.shared import (
+    QUIET,
+    items_part,
+    map_part,
+    responses_part,
+    teacher_dtype,
+    teacher_path,
+    train_rows,
+    warm_part,
+)
+from dudi.bridge import Bridge, MapSettings, build_bridge
+from dudi.callbacks import read_jsonl, write_text
+from dudi.config import from_options
+from dudi.demo_data import LANGUAGES, data_path
+from dudi.evaluation.bootstrap import MEAN, sampled
+from dudi.evaluation.figures import FIGURES
+from dudi.evaluation.result import TaskResult
+from dudi.evaluation.task import Rows, Source, Task, load_task
+from dudi.evaluation.tasks import evaluate_tasks
+from dudi.models import load_model, load_tokenizer
+from dudi.run import build_trainer, console_style, environment, quiet_libraries
+
+SELECTED_BY = "nll_per_char"  # on the validation split
+TESTED_TOKENS = 64  # of a test row's reference or generation; longer ones are cut
+SAMPLES = 3  # generations a language that are kept to be looked at
+
+
+class Job(NamedTuple):
+    """What a worker is given."""
+
+    folder: Path
+    name: str
+    cell: dict[str, Any]  # grid.resolved
+    hash: str
+
+
+def result_path(folder: Path, name: str) -> Path:
+    return folder / "cells" / f"{name}.json"
+
+
+def done_result(job: Job) -> dict[str, Any] | None:
+    """The cell's result, where there is one of this very configuration."""
+    try:
+        found = json.loads(result_path(job.folder, job.name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("hash") == job.hash else None
+
+
+def run_cell(job: Job) -> None:
+    """Train, test, write. Raises what the trainer raises."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    cell = job.cell
+    tokenizer = load_tokenizer(str(data_path("tokenizer")), "tokenizer")
+    clock = Clock(job, tokenizer)
+    if cell["method"] == START:
+        warm = str(warm_part(job.folder, cell).path)
+        model = load_model(warm, {"dtype": torch.float32}, "the warm start").eval()
+        clock.validate(model, 0)
+    else:
+        model = _trained(job, clock)
+    result = {
+        "hash": job.hash,
+        "cell": cell,
+        "environment": environment(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": clock.seconds,
+        "wall_seconds": clock.wall,
+        "curve": clock.curve,
+        **tested(job, model, tokenizer),
+    }
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    write_text(result_path(job.folder, job.name), text)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+class Clock(TrainerCallback):
+    """Measures training without what interrupts it, and validates at equal intervals."""
+
+    def __init__(self, job: Job, tokenizer: Any) -> None:
+        self.job, self.tokenizer = job, tokenizer
+        plan, steps = job.cell["evaluation"], job.cell["steps"]
+        self.task = validation_task(job)
+        self.batch = plan["batch"]
+        count = 1 if job.cell["trial"] is not None else plan["validations"]
+        self.due = {round(steps * (i + 1) / count) for i in range(count)}
+        self.seconds = self.wall = 0.0
+        self.curve: list[dict[str, float]] = []
+        self._began = (0.0, 0.0)
+
+    def _start(self) -> None:
+        self._began = (time.process_time(), time.monotonic())
+
+    def _stop(self) -> None:
+        self.seconds += time.process_time() - self._began[0]
+        self.wall += time.monotonic() - self._began[1]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.due:
+            self._stop()
+            self.validate(kwargs["model"], state.global_step)
+            self._start()
+
+    def validate(self, model: Any, step: int) -> None:
+        found = evaluate_tasks(
+            model, self.tokenizer, [self.task], resamples=1, batch_size=self.batch
+        )
+        values = _values(found.tasks[self.task.name], [SELECTED_BY])
+        value = values[SELECTED_BY][MEAN]
+        self.curve.append({"step": step, "seconds": self.seconds, SELECTED_BY: value})
+
+
+def validation_task(job: Job) -> Task:
+    """Rows of the validation split, as many of each language, drawn once for all cells."""
+    languages = job.cell["languages"] or ("en", *LANGUAGES)
+    limit = max(1, job.cell["evaluation"]["validation_rows"] // len(languages))
+    path = items_part(job.folder, "validation", job.cell["languages"]).path
+    update = {"name": "validation", "source": Source(file=str(path)), "metrics": ["nll"]}
+    return load_task("translation").model_copy(update=update | {"rows": Rows(limit=limit, seed=0)})
+
+
+def options_of(job: Job, work: Path) -> dict[str, Any]:
+    """What `dudi train` would be given."""
+    cell = job.cell
+    options = cell["options"] | QUIET
+    if options.get("vocabulary_verbalizer") == SAME_TEXT:
+        options["vocabulary_verbalizer"] = str(map_part(job.folder, cell["teacher"]).path)
+    return options | {
+        "model_name_or_path": str(warm_part(job.folder, cell).path),
+        "tokenizer_name_or_path": str(data_path("tokenizer")),
+        "teacher_model_name_or_path": str(teacher_path(job.folder, cell["teacher"])),
+        "teacher_model_init_kwargs": {"dtype": teacher_dtype(cell["teacher"])},
+        "verbalizer_cache_dir": str(job.folder / "shared" / "maps"),
+        "dataset_name": "embedded strings",
+        "output_dir": str(work),
+        "logging_steps": max(1, cell["steps"] // 20),
+        "seed": cell["seed"],
+    }
+
+
+def _trained(job: Job, clock: Clock) -> Any:
+    """The student after its steps; what the trainer logged goes to logs/."""
+    work = job.folder / "work" / job.name
+    shutil.rmtree(work, ignore_errors=True)
+    rows = _training_rows(job)
+    _check_epoch(job, len(rows))
+    script, config = from_options(options_of(job, work))
+    trainer = build_trainer(script, config, Dataset.from_list(rows))
+    console_style(trainer, Console(quiet=True), job.name)
+    trainer.add_callback(clock)
+    work.mkdir(parents=True, exist_ok=True)
+    trainer.train()
+    assert clock.due <= {int(point["step"]) for point in clock.curve}
+    logged = "".join(json.dumps(r) + "\n" for r in read_jsonl(work / "metrics.jsonl"))
+    write_text(job.folder / "logs" / f"{job.name}.jsonl", logged)
+    shutil.rmtree(work)
+    return trainer.model
+
+
+def _check_epoch(job: Job, rows: int) -> None:
+    """A method that draws all its samples at the start would draw again in a second epoch."""
+    batch = job.cell["options"]["per_device_train_batch_size"]
+    if method(job.cell["method"]).one_epoch and job.cell["steps"] * batch > rows:
+        raise ValueError(
+            f"steps must be at most {rows // batch} for {job.cell['method']} (one epoch), got "
+            f"{job.cell['steps']}"
+        )
+
+
+def _training_rows(job: Job) -> list[dict[str, Any]]:
+    cell = job.cell
+    if cell["data"] == "given":
+        return train_rows(cell["languages"], cell["train_rows"])
+    rows = read_jsonl(responses_part(job.folder, cell).path)
+    kept = ("prompt", "completion", "language")
+    return [{name: row[name] for name in kept} for row in rows]
+
+
+# ---- testing -------------------------------------------------------------------------------------
+
+
+def tested(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Values and rows of each domain; the reason for each that is absent."""
+    cell, plan = job.cell, job.cell["evaluation"]
+    if not cell["domains"]:
+        return {"domains": {}, "skipped": {}}
+    teacher, bridge = None, None
+    if cell["kl"]:
+        path = str(teacher_path(job.folder, cell["teacher"]))
+        teacher = load_model(path, {"dtype": torch.float32}, "the teacher").eval()
+        bridge = build_bridge(model, teacher, tokenizer, None, MapSettings())
+    found = evaluate_tasks(
+        model,
+        tokenizer,
+        [domain_task(job, name) for name in cell["domains"]],
+        teacher=teacher,
+        bridge=bridge or Bridge(tokenizer),
+        languages=cell["languages"],
+        resamples=1,
+        batch_size=plan["batch"],
+        generate_rows=plan["generate_rows"],
+        max_prompt_length=256,
+        max_completion_length=TESTED_TOKENS,
+    )
+    domains = {name: _kept(task) for name, task in found.tasks.items()}
+    return {"domains": domains, "skipped": found.skipped}
+
+
+def domain_task(job: Job, name: str) -> Task:
+    """A task of `dudi evaluate` under the domain's name, with its metrics and limit."""
+    domain = job.cell["domains"][name]
+    task = load_task(domain["task"])
+    update: dict[str, Any] = {"name": name, "metrics": domain["metrics"]}
+    if domain["limit"] is not None:
+        update["rows"] = Rows(limit=domain["limit"], seed=0)
+    if task.source.builtin == "ui_strings":
+        path = items_part(job.folder, "test", job.cell["languages"]).path
+        update["source"] = Source(file=str(path))
+    return task.model_copy(update=update)
+
+
+def _kept(task: TaskResult) -> dict[str, Any]:
+    """Rows, values by figure and language, and a few samples."""
+    taken: dict[str, int] = {}
+    samples = []
+    for sample in task.samples:
+        taken[sample["language"]] = taken.get(sample["language"], 0) + 1
+        if taken[sample["language"]] <= SAMPLES:
+            samples.append(sample)
+    figures = [n for n, figure in FIGURES.items() if any(map(figure.counts, task.rows))]
+    return {
+        "data": {"items": task.data["items"], "sha256": task.data["sha256"]},
+        "values": _values(task, figures),
+        "rows": task.rows,
+        "samples": samples,
+    }
+
+
+def _values(task: TaskResult, figures: list[str]) -> dict[str, dict[str, float]]:
+    """By figure, then by language and in the unweighted mean over these."""
+    found = {name: sampled(FIGURES[name], task.rows, seed=0, resamples=1) for name in figures}
+    return {
+        name: {language: v.value for language, v in own.items() if math.isfinite(v.value)}
+        for name, own in found.items()
+    }

@@ -1,0 +1,230 @@
+"""`dudi ablate`: what is not done is done, in the order of seeds, and the report is written.
+
+Shared parts come first, then trials of learning rates, then cells. What is done is kept by the hash
+of its configuration; what fails is named, and the others go on. A killed run loses the cells that
+were running.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dudi.ablation.cell import Job, done_result, run_cell
+from dudi.ablation.grid import (
+    START,
+    Cell,
+    Grid,
+    Measured,
+    cells_of,
+    hash_of,
+    read_grid,
+    resolved,
+    selected,
+    trials_of,
+)
+from dudi.ablation.methods import SAME_TEXT, method, methods
+from dudi.ablation.report import write_ablation_report
+from dudi.ablation.shared import (
+    Part,
+    absent_teacher,
+    items_part,
+    map_part,
+    responses_part,
+    teacher_part,
+    warm_part,
+)
+from dudi.ablation.tuning import measured_of
+from dudi.ablation.workers import run_tasks
+from dudi.callbacks import write_text
+from dudi.run import quiet_libraries
+
+ERRORS = "errors"  # a folder with a traceback for each cell that failed
+OVERHEAD = 25.0  # CPU seconds that a cell takes beside its steps: reading, tokenizing, testing
+SMOLLM2_COST = 2.5  # seconds a step of eight rows for its teacher
+
+
+class CellsFailed(RuntimeError):
+    """Some did; the message names them."""
+
+
+def run_ablation(
+    config: str | Path,
+    output_dir: str | Path = "runs/ablation",
+    *,
+    workers: int = 1,
+    only: str | None = None,
+    dry_run: bool = False,
+    report: bool = False,
+    docs: str | Path | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Run a grid, or what `only` selects of it, and write its report; returns the folder.
+
+    `report` writes it from what is done; `docs` is a Markdown file whose tables are replaced too.
+    Raises CellsFailed, once all the others are done, where a cell failed.
+    """
+    console, folder = console or Console(), Path(output_dir)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    grid = read_grid(config)
+    run = Run(grid, folder, workers, console)
+    wanted = run.possible(selected(cells_of(grid), only))
+    if dry_run:
+        run.list_cells(wanted)
+        return folder
+    if not report:
+        quiet_libraries()
+        folder.mkdir(parents=True, exist_ok=True)
+        run.everything(wanted)
+    done = run.done(cells_of(grid))
+    if done or not run.failed:
+        pages = write_ablation_report(grid, folder, done, run.measured(), docs)
+        console.print(f"[bold]ablate[/] {pages[0]}", soft_wrap=True)
+    if run.failed:
+        raise CellsFailed(
+            f"{len(run.failed)} failed: {', '.join(sorted(run.failed))}; tracebacks are in "
+            f"{folder / ERRORS}. The same command tries them again."
+        )
+    return folder
+
+
+class Run:
+    """A grid, its folder, and what has failed."""
+
+    def __init__(self, grid: Grid, folder: Path, workers: int, console: Console) -> None:
+        self.grid, self.folder, self.workers, self.console = grid, folder, workers, console
+        self.failed: dict[str, str] = {}
+
+    def possible(self, cells: list[Cell]) -> list[Cell]:
+        """Those whose teacher is here; the others are told, with the reason."""
+        absent = {n: absent_teacher(s.teacher) for n, s in self.grid.settings.items()}
+        for name in sorted({c.setting for c in cells if absent[c.setting]}):
+            self.console.print(f"[bold]skipped[/] {name}: {absent[name]}", soft_wrap=True)
+        return [c for c in cells if not absent[c.setting]]
+
+    # ---- what is there -------------------------------------------------------------------------
+
+    def measured(self) -> dict[str, Measured]:
+        """Of the methods whose trials are all done."""
+        trials = trials_of(self.grid, cells_of(self.grid))
+        found = {c: done_result(self.job(c, {})) for c in trials}
+        lacking = {cell.method for cell, result in found.items() if result is None}
+        whole = {c: r for c, r in found.items() if r is not None and c.method not in lacking}
+        return measured_of(whole)
+
+    def job(self, cell: Cell, measured: dict[str, Measured]) -> Job:
+        content = resolved(self.grid, cell, measured)
+        return Job(self.folder.resolve(), cell.name, content, hash_of(content))
+
+    def jobs(self, cells: Sequence[Cell], measured: dict[str, Measured]) -> dict[Cell, Job]:
+        """Of the cells whose learning rate and steps are known."""
+        found = {}
+        for cell in cells:
+            try:
+                found[cell] = self.job(cell, measured)
+            except KeyError:  # its trials failed, or are to come
+                continue
+        return found
+
+    def done(self, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+        jobs = self.jobs(cells, self.measured())
+        results = {cell: done_result(job) for cell, job in jobs.items()}
+        return {cell: result for cell, result in results.items() if result is not None}
+
+    # ---- running -------------------------------------------------------------------------------
+
+    def everything(self, wanted: list[Cell]) -> None:
+        trials = trials_of(self.grid, wanted)
+        for cells in (trials, wanted):
+            jobs = self.jobs(cells, self.measured())
+            unknown = [cell.name for cell in cells if cell not in jobs]
+            self.failed |= dict.fromkeys(unknown, "its trials failed")
+            left = [job for job in jobs.values() if done_result(job) is None]
+            for parts in parts_of(self.folder.resolve(), left):
+                named = {part.path.name: part for part in parts if not part.path.exists()}
+                self._run("make", list(named.items()), _make)
+            self._run("cell", [(job.name, job) for job in left], _train)
+
+    def _run(self, what: str, tasks: list[tuple[str, Any]], work: Callable[[Any], None]) -> None:
+        began = time.monotonic()
+        for i, outcome in enumerate(run_tasks(tasks, work, self.workers), 1):
+            name = outcome.task[0]
+            file = self.folder / ERRORS / f"{name}.txt"
+            file.unlink(missing_ok=True)
+            if outcome.error is not None:
+                self.failed[name] = outcome.error
+                write_text(file, outcome.details or outcome.error)
+            told = "" if outcome.error is None else f"[red]failed[/]: {outcome.error}  "
+            spent = time.monotonic() - began
+            self.console.print(
+                f"[bold]{what}[/] {i}/{len(tasks)}  {name}  {told}"
+                f"[dim]{spent:.0f} s, {spent / i * (len(tasks) - i):.0f} s left[/]",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    # ---- telling -------------------------------------------------------------------------------
+
+    def list_cells(self, wanted: list[Cell]) -> None:
+        """All cells and trials: what is done, and about how long the others take."""
+        measured = self.measured()
+        cells = [*trials_of(self.grid, wanted), *wanted]
+        done = self.done(cells) if measured or not self.grid.tune else {}
+        done |= {c: {} for c in cells if c.trial is not None and done_result(self.job(c, {}))}
+        table = Table("cell", "about", "state")
+        total = 0.0
+        for cell in cells:
+            seconds = self._estimate(cell)
+            total += 0 if cell in done else seconds
+            table.add_row(cell.name, f"{seconds:.0f} s", "done" if cell in done else "to do")
+        self.console.print(table)
+        self.console.print(
+            f"{len(cells)} cells, {len(done)} done; the others take about "
+            f"{total / self.workers / 60:.0f} minutes with {self.workers} free cores "
+            "(and shared parts a few minutes)",
+            soft_wrap=True,
+        )
+
+    def _estimate(self, cell: Cell) -> float:
+        if cell.method == START:
+            return OVERHEAD
+        setting = self.grid.settings[cell.setting]
+        costs = {name: own.cost for name, own in methods().items()}
+        if setting.seconds_of is not None:
+            like = self.grid.settings[str(setting.like)]
+            return OVERHEAD + float(like.steps or 0) * costs[setting.seconds_of]
+        teacher = SMOLLM2_COST if setting.teacher != "embedded" else 0.0
+        slower = teacher if method(cell.method).needs_teacher else 0.0
+        return OVERHEAD + float(setting.steps or 0) * (costs[cell.method] + slower)
+
+
+def parts_of(folder: Path, jobs: Sequence[Job]) -> list[list[Part]]:
+    """What these cells share, in two rounds: the second needs the first."""
+    cells = [job.cell for job in jobs]
+    first: list[Part] = []
+    second: list[Part] = []
+    for cell in cells:
+        first += [items_part(folder, split, cell["languages"]) for split in ("validation", "test")]
+        first.append(warm_part(folder, cell))
+        if cell["teacher"] == "smollm2":
+            first.append(teacher_part(folder))
+        if cell["data"] == "teacher":
+            second.append(responses_part(folder, cell))
+        if cell["options"].get("vocabulary_verbalizer") == SAME_TEXT:
+            second.append(map_part(folder, cell["teacher"]))
+    return [first, second]
+
+
+def _make(task: tuple[str, Part]) -> None:
+    quiet_libraries()
+    task[1]()
+
+
+def _train(task: tuple[str, Job]) -> None:
+    run_cell(task[1])

@@ -1,0 +1,262 @@
+"""The grid that a YAML file describes, and its cells.
+
+A cell is method x setting x seed, or a trial of a learning rate on the validation split. Its hash
+is of all that decides its result, so that a done cell is kept and a changed one runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dudi.ablation.methods import method, methods
+from dudi.config import nearest, read_config_file
+from dudi.evaluation.task import Metric
+
+FORMAT = 1  # raise it where the same configuration gives another result
+START = "start"  # the warm start itself, which every method begins from
+TEACHERS = ("embedded", "smollm2")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WarmUp(_Strict):
+    """Plain cross-entropy that makes a student to start from."""
+
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+
+
+class Tune(_Strict):
+    """One sweep for all methods, by NLL a character on the validation split."""
+
+    learning_rates: list[float] = Field(min_length=1)
+    seed: int
+    setting: str
+
+
+class EvaluationPlan(_Strict):
+    validation_rows: int = Field(gt=0)  # all languages together
+    validations: int = Field(gt=0)  # on the way, at equal intervals
+    generate_rows: int = Field(ge=0)  # a language
+    batch: int = Field(64, gt=0)
+
+
+class Domain(_Strict):
+    """Where cells are tested: a task of `dudi evaluate`."""
+
+    task: str
+    metrics: list[Metric]
+    limit: int | None = Field(None, gt=0)  # rows a language
+
+
+class Setting(_Strict):
+    title: str
+    student: str
+    teacher: Literal["embedded", "smollm2"]
+    methods: list[str]
+    steps: int | None = Field(None, gt=0)
+    seconds_of: str | None = None  # or: the seconds of this method in the setting `like`
+    like: str | None = None
+    languages: list[str] | None = None  # of source and target; None is all
+    batch: int | None = Field(None, gt=0)
+    kl: bool = True  # whether KL to the teacher is measured on the test split
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _all(cls, given: Any) -> Any:
+        return list(methods()) if given == "all" else given
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, given: list[str]) -> list[str]:
+        for name in given:
+            method(name)
+        return given
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Setting:
+        if (self.steps is None) == (self.seconds_of is None):
+            raise ValueError("must have one of steps and seconds_of")
+        if (self.seconds_of is None) != (self.like is None):
+            raise ValueError("seconds_of and like go together")
+        return self
+
+
+class Grid(_Strict):
+    seeds: list[int] = Field(min_length=1)
+    students: dict[str, dict[str, Any]]
+    warm_up: WarmUp
+    training: dict[str, Any]
+    evaluation: EvaluationPlan
+    domains: dict[str, Domain]
+    settings: dict[str, Setting]
+    tune: Tune | None = None
+    train_rows: int | None = Field(None, gt=0)  # drawn ones of the train split; None is all
+
+    @model_validator(mode="after")
+    def _names(self) -> Grid:
+        for name, setting in self.settings.items():
+            _among(f"settings.{name}.student", setting.student, self.students)
+            if setting.like is not None:
+                _among(f"settings.{name}.like", setting.like, self.settings)
+                if self.settings[setting.like].steps is None:
+                    raise ValueError(f"settings.{name}.like must name a setting with steps")
+        if self.tune is not None:
+            _among("tune.setting", self.tune.setting, self.settings)
+            if self.tune.seed in self.seeds:
+                raise ValueError(f"tune.seed must be none of seeds, got {self.tune.seed}")
+        elif any(setting.like for setting in self.settings.values()):
+            raise ValueError("seconds_of needs tune: seconds a step are measured there")
+        elif "learning_rate" not in self.training:
+            raise ValueError("training.learning_rate must be given where there is no tune")
+        return self
+
+
+def _among(place: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ValueError(f"{place} must be one of {', '.join(known)}, got {name!r}")
+
+
+def read_grid(path: str | Path) -> Grid:
+    """Raises ValueError with file and field for what is no grid."""
+    try:
+        return Grid.model_validate(read_config_file(path))
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise ValueError(f"{path}: {'; '.join(faults)}") from None
+
+
+class Cell(NamedTuple):
+    """What is trained and tested once."""
+
+    setting: str
+    method: str
+    seed: int
+    trial: float | None = None  # a learning rate that is tried, on the validation split alone
+
+    @property
+    def name(self) -> str:
+        told = f"{self.setting}-{self.method}-{self.seed}"
+        return told if self.trial is None else f"tune-{told}-{self.trial:g}"
+
+
+class Measured(NamedTuple):
+    """Of a method, in the trials."""
+
+    learning_rate: float
+    seconds_a_step: float
+
+
+def applies(name: str, setting: Setting) -> bool:
+    return setting.teacher != "embedded" or not method(name).other_tokenizer
+
+
+def cells_of(grid: Grid) -> list[Cell]:
+    """Of the report: the start and each method, seed by seed, so that an unfinished grid has whole
+    seeds."""
+    return [
+        Cell(name, each, seed)
+        for seed in grid.seeds
+        for name, setting in grid.settings.items()
+        for each in (*([START] if setting.like is None else []), *setting.methods)
+        if each == START or applies(each, setting)
+    ]
+
+
+def trials_of(grid: Grid, wanted: list[Cell]) -> list[Cell]:
+    """The trials that these cells' learning rates and steps come from."""
+    if grid.tune is None:
+        return []
+    tuned = {method(c.method).tuned_as or c.method for c in wanted if c.method != START}
+    tuned |= {s.seconds_of for c in wanted if (s := grid.settings[c.setting]).seconds_of}
+    return [
+        Cell(grid.tune.setting, name, grid.tune.seed, rate)
+        for name in methods()
+        if name in tuned
+        for rate in grid.tune.learning_rates
+    ]
+
+
+def steps_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> int:
+    """Optimizer steps of a cell; of one for equal seconds, as many as take them."""
+    if cell.method == START:
+        return 0
+    setting = grid.settings[cell.setting]
+    if setting.steps is not None:
+        return setting.steps
+    like = grid.settings[str(setting.like)]
+    seconds = float(like.steps or 0) * measured[str(setting.seconds_of)].seconds_a_step
+    own = method(cell.method).tuned_as or cell.method
+    return max(1, round(seconds / measured[own].seconds_a_step))
+
+
+def learning_rate_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> float | None:
+    if cell.trial is not None or cell.method == START:
+        return cell.trial
+    if grid.tune is None:
+        return float(grid.training["learning_rate"])
+    return measured[method(cell.method).tuned_as or cell.method].learning_rate
+
+
+def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str, Any]:
+    """All that decides a cell's result, JSON-safe."""
+    setting = grid.settings[cell.setting]
+    steps = steps_of(grid, cell, measured)
+    own = None if cell.method == START else method(cell.method)
+    training = dict(grid.training)
+    if setting.batch is not None:
+        training["per_device_train_batch_size"] = setting.batch
+    rate = learning_rate_of(grid, cell, measured)
+    options = {} if own is None else {"learning_rate": rate, "max_steps": steps}
+    return {
+        "format": FORMAT,
+        **cell._asdict(),
+        "steps": steps,
+        "student": grid.students[setting.student],
+        "warm_up": grid.warm_up.model_dump(),
+        "teacher": setting.teacher,
+        "languages": setting.languages,
+        "train_rows": grid.train_rows,
+        "kl": setting.kl and cell.trial is None,
+        "data": "given" if own is None else own.data,
+        "options": training | ({} if own is None else own.resolved(steps)) | options,
+        "evaluation": grid.evaluation.model_dump(),
+        "domains": {}
+        if cell.trial is not None
+        else {name: domain.model_dump() for name, domain in grid.domains.items()},
+    }
+
+
+def hash_of(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def selected(cells: list[Cell], only: str | None) -> list[Cell]:
+    """`method=dudi,method=sft,setting=main,seed=0`: values of one name are alternatives."""
+    wanted: dict[str, set[str]] = {}
+    for part in filter(None, (only or "").split(",")):
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in ("method", "setting", "seed"):
+            raise ValueError(
+                f"only must be method=..., setting=... or seed=..., joined by commas, got {part!r}"
+            )
+        known = sorted({str(getattr(cell, name)) for cell in cells})
+        if value not in known:
+            raise ValueError(
+                f"only: {name} must be one of {', '.join(known)}, got {value!r}"
+                f"{nearest(value, known)}"
+            )
+        wanted.setdefault(name, set()).add(value)
+    return [c for c in cells if all(str(getattr(c, n)) in own for n, own in wanted.items())]

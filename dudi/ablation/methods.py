@@ -1,0 +1,71 @@
+"""Methods as configurations of one trainer, read from data/ablation/methods.yaml.
+
+What a method leaves unsaid is off: signals have weight 0, the teacher reads the student's prompt.
+"steps" and "steps / 4" in a recipe are made of the run's own number of steps.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from dudi.config import WEIGHTS, nearest
+from dudi.demo_data import data_path
+
+OFF: dict[str, Any] = dict.fromkeys(WEIGHTS, 0.0) | {"context_verbalizer": False}
+OF_STEPS = re.compile(r"steps(?: / (\d+))?")
+SAME_TEXT = "same_text"  # of vocabulary_verbalizer: only tokens of the very same bytes
+
+
+class Method(BaseModel):
+    """One method; `options` are those of `dudi train`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    about: str
+    options: dict[str, Any]
+    paper: str | None = None  # arXiv
+    data: Literal["given", "teacher"] = "given"  # who wrote y+
+    one_epoch: bool = False  # all samples are drawn at the start: rows must not come again
+    other_tokenizer: bool = False  # says something only where the teacher has one
+    tuned_as: str | None = None  # whose learning rate it takes
+    cost: float = Field(gt=0)  # seconds a step of 16 rows on a core, for estimates
+
+    def resolved(self, steps: int) -> dict[str, Any]:
+        """Options of a run of so many steps."""
+        return OFF | {name: _of_steps(value, steps) for name, value in self.options.items()}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the trainer loads one."""
+        weights = ("off_policy_weight", "on_policy_weight")
+        return any(self.options.get(name, 0) > 0 for name in weights)
+
+
+def _of_steps(value: Any, steps: int) -> Any:
+    if isinstance(value, dict):
+        return {name: _of_steps(own, steps) for name, own in value.items()}
+    found = OF_STEPS.fullmatch(value) if isinstance(value, str) else None
+    return value if found is None else max(1, steps // int(found[1] or 1))
+
+
+@lru_cache(maxsize=1)
+def methods() -> dict[str, Method]:
+    """All methods by name, in the order of reports."""
+    content = yaml.safe_load(data_path("ablation/methods.yaml").read_text(encoding="utf-8"))
+    return {name: Method.model_validate(own) for name, own in content.items()}
+
+
+def method(name: str) -> Method:
+    """Raises ValueError for a name of none."""
+    known = methods()
+    if name not in known:
+        raise ValueError(
+            f"method must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+        )
+    return known[name]

