@@ -4,7 +4,6 @@ them; the Triton backend once, interpreted."""
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 from dudi_kernels.backends import native
 from dudi_kernels.backends.native import gemm
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 torch.manual_seed(0)  # for cases that are drawn at import: every process has the same
 
 
