@@ -212,7 +212,10 @@ def questions(path: Path, **fields: Any) -> Path:
 @torch.no_grad()
 def test_choices(tmp_path: Path) -> None:
     model = sharpened(2)
-    task = evaluate_tasks(model, tiny.tokenizer(), [questions(tmp_path)], batch_size=2).tasks["own"]
+    # choices are scored whole, whatever generations may have
+    task = evaluate_tasks(
+        model, tiny.tokenizer(), [questions(tmp_path)], batch_size=2, max_completion_length=1
+    ).tasks["own"]
     right, by_bytes, predictions = [], [], []
     for line in (tmp_path / "items.jsonl").read_text().splitlines():
         row = json.loads(line)

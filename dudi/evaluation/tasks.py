@@ -79,7 +79,7 @@ def evaluate_tasks(
         languages: the rows of these alone; None is all.
         seed, resamples: of the bootstrap; results that are compared must have the same.
         generate_rows: the first items of each language that are generated; None is all.
-        max_prompt_length, max_completion_length: tokens; longer ones are cut.
+        max_prompt_length, max_completion_length: tokens; longer ones are cut, choices never.
         padding_free: run the bodies without padding.
         data_dir: where `dudi eval-data` has put its files.
         progress: called with a task's name, rows done and rows to do.
