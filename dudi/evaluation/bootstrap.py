@@ -62,10 +62,10 @@ def sampled(
             groups[row["group"]] = groups.get(row["group"], 0) + columns
     found = {}
     for languages, names in _strata(by_language):
-        columns = {code: _placed(names, by_language[code]) for code in languages}
-        drawn = _of_stratum(figure, columns, [seed, zlib.crc32(languages[0].encode())], resamples)
+        placed = {code: _placed(names, by_language[code]) for code in languages}
+        drawn = _of_stratum(figure, placed, [seed, zlib.crc32(languages[0].encode())], resamples)
         for code in languages:
-            value = float(figure.value(columns[code].sum(0)[None])[0])
+            value = float(figure.value(placed[code].sum(0)[None])[0])
             found[code] = Sampled(value, drawn[code], len(by_language[code]))
     found = dict(sorted(found.items()))
     if found:

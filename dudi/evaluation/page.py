@@ -10,13 +10,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from dudi.callbacks import write_text
 from dudi.evaluation.bootstrap import MEAN, Estimate
 from dudi.evaluation.compare import Compared, Comparison
 from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.tables import DASH, spelt, with_interval
+from dudi.pages import render_page
 from dudi.report_figures import labelled, language_name, ticks
 
 WIDTH, LEFT, RIGHT, LINE = 420.0, 92.0, 8.0, 11.0  # of a drawing, in SVG units
@@ -143,15 +142,9 @@ def render(comparison: Comparison) -> str:
     """The page."""
     from dudi import __version__
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["language"] = _name
-    return environment.get_template("compare.html.j2").render(
+    return render_page(
+        "compare.html.j2",
+        {"language": _name},
         comparison=comparison,
         tasks=[
             {

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from rich.console import Console
 from rich.table import Column, Table
 
 from dudi.callbacks import write_text
+from dudi.pages import render_page
 from dudi.report_figures import DASH, language_name, number
 from dudi.seahelm.facts import facts
 from dudi.seahelm.scores import SEA, Estimate, Model, Node, collect
@@ -201,15 +201,10 @@ def render(models: Sequence[Model]) -> str:
     """The page."""
     from dudi import __version__
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = lines(models)
-    return environment.get_template("seahelm.html.j2").render(
+    return render_page(
+        "seahelm.html.j2",
+        {},
         headline=headline(models),
         models=[m.name for m in models],
         overview=[line for line in shown if len(line.node) < 2],
