@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from dudi.callbacks import write_text
+from dudi.page import page
 from dudi.report_figures import (
     BOTTOM,
     DASH,
@@ -253,26 +253,18 @@ def samples(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[st
 # ---- the page ----------------------------------------------------------------------------------
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number, count=count, duration=duration, language=language_name, option=option
-    )
-    return environment
-
-
 def render(found: Collected) -> str:
     """The page."""
-    from dudi import __version__
-
-    template = _environment().get_template("report.html.j2")
-    return template.render(
+    filters = {
+        "number": number,
+        "count": count,
+        "duration": duration,
+        "language": language_name,
+        "option": option,
+    }
+    return page(
+        "report.html.j2",
+        filters,
         title=found.info.get("title") or found.folder.resolve().name,
         headline=headline(found),
         cards=cards(found),
@@ -288,7 +280,6 @@ def render(found: Collected) -> str:
         settings=settings(found.settings),
         environment=found.info.get("environment", {}),
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
-        version=__version__,
     )
 
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from dudi.ablation.grid import START, Cell, Grid, Measured, applies, cells_of
 from dudi.ablation.methods import methods
 from dudi.ablation.results import Results, Table, tables
 from dudi.callbacks import write_text
+from dudi.page import page
 from dudi.report_figures import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, LineChart, line_chart
 
 BEGIN, END = "<!-- tables: dudi ablate --report -->", "<!-- end of tables -->"
@@ -107,16 +106,8 @@ def charts(results: Results) -> list[LineChart]:
 
 
 def html(found: Sequence[Table], drawn: Sequence[LineChart], state: str) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
-    template = environment.get_template("ablation.html.j2")
-    return template.render(tables=found, charts=drawn, state=state, size=size)
+    return page("ablation.html.j2", {}, tables=found, charts=drawn, state=state, size=size)
 
 
 def as_json(results: Results, measured: Mapping[str, Measured]) -> dict[str, Any]:

@@ -10,13 +10,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from dudi.callbacks import write_text
 from dudi.evaluation.bootstrap import MEAN, Estimate
 from dudi.evaluation.compare import Compared, Comparison
 from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.tables import DASH, spelt, with_interval
+from dudi.page import page
 from dudi.report_figures import labelled, language_name, ticks
 
 WIDTH, LEFT, RIGHT, LINE = 420.0, 92.0, 8.0, 11.0  # of a drawing, in SVG units
@@ -141,17 +140,9 @@ def _clip(text: str) -> str:
 
 def render(comparison: Comparison) -> str:
     """The page."""
-    from dudi import __version__
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["language"] = _name
-    return environment.get_template("compare.html.j2").render(
+    return page(
+        "compare.html.j2",
+        {"language": _name},
         comparison=comparison,
         tasks=[
             {
@@ -166,7 +157,6 @@ def render(comparison: Comparison) -> str:
         skipped=_skipped(comparison),
         size={"width": WIDTH},
         dash=DASH,
-        version=__version__,
     )
 
 

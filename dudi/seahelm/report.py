@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from rich.console import Console
 from rich.table import Column, Table
 
 from dudi.callbacks import write_text
+from dudi.page import page
 from dudi.report_figures import DASH, language_name, number
 from dudi.seahelm.facts import facts
 from dudi.seahelm.scores import SEA, Estimate, Model, Node, collect
@@ -199,17 +199,10 @@ def headline(models: Sequence[Model]) -> str:
 
 def render(models: Sequence[Model]) -> str:
     """The page."""
-    from dudi import __version__
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = lines(models)
-    return environment.get_template("seahelm.html.j2").render(
+    return page(
+        "seahelm.html.j2",
+        {},
         headline=headline(models),
         models=[m.name for m in models],
         overview=[line for line in shown if len(line.node) < 2],
@@ -221,7 +214,6 @@ def render(models: Sequence[Model]) -> str:
         remarks=remarks(models),
         baselines=baselines(models),
         seahelm=facts(),
-        version=__version__,
     )
 
 
