@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Column, Table
@@ -22,6 +21,7 @@ from dudi.callbacks import write_text
 from dudi.config import DuDiConfig, ScriptArguments
 from dudi.data import load_data
 from dudi.inspection_figures import Says, Shown, choose_rows, inspect_rows
+from dudi.page import page
 from dudi.run import build_trainer, quiet_libraries
 
 LEAST = 0.005  # of a probability that is told: less reads 0.00
@@ -118,15 +118,7 @@ def summary_table(lines: Sequence[Summary]) -> Table:
 
 def render(rows: Sequence[Shown], about: dict[str, Any]) -> str:
     """One self-contained HTML page; `about`: student, teacher, vocabulary, refinement."""
-    environment = Environment(
-        loader=PackageLoader("dudi", "data"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("verbalize.html.j2")
-    return template.render(rows=rows, summary=summarise(rows), told=told, **about)
+    return page("verbalize.html.j2", {}, rows=rows, summary=summarise(rows), told=told, **about)
 
 
 def refinement(config: DuDiConfig) -> dict[str, Any]:

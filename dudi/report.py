@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from dudi.callbacks import write_text
-from dudi.pages import render_page
+from dudi.page import page
 from dudi.report_figures import (
     BOTTOM,
     DASH,
@@ -253,22 +253,18 @@ def samples(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[st
 # ---- the page ----------------------------------------------------------------------------------
 
 
-FILTERS = {
-    "number": number,
-    "count": count,
-    "duration": duration,
-    "language": language_name,
-    "option": option,
-}
-
-
 def render(found: Collected) -> str:
     """The page."""
-    from dudi import __version__
-
-    return render_page(
+    filters = {
+        "number": number,
+        "count": count,
+        "duration": duration,
+        "language": language_name,
+        "option": option,
+    }
+    return page(
         "report.html.j2",
-        FILTERS,
+        filters,
         title=found.info.get("title") or found.folder.resolve().name,
         headline=headline(found),
         cards=cards(found),
@@ -284,7 +280,6 @@ def render(found: Collected) -> str:
         settings=settings(found.settings),
         environment=found.info.get("environment", {}),
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
-        version=__version__,
     )
 
 

@@ -13,7 +13,8 @@ from dudi import __version__, cli
 from dudi.config import DuDiConfig, ScriptArguments, field_types, parse
 from dudi.finite import NonFiniteLossError
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(p for p in CONFIGS.glob("*.yaml") if not p.stem.startswith("ablation"))
 FIXED = {"remove_unused_columns", "logging_nan_inf_filter"}  # options with one legal value
 
 

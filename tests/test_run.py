@@ -164,7 +164,7 @@ def test_a_run_that_is_not_finite_is_told_in_a_line(
         ({"metric_for_best_model": "nope"}, "metric_for_best_model must be one of"),
         ({"eval_strategy": "steps"}, "needs a test set"),
         ({"model_init_kwargs": "{dtype: foo}"}, "model_name_or_path"),
-        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"optim": "apollo_adamw"}, "apollo"),
         ({"optim_args": "foo"}, "unpack"),
         ({"memory_budget": 1}, "memory_budget must be at least"),
         ({"verbalizer_templates": "{id: ' '}"}, "neither of them empty"),

@@ -15,7 +15,7 @@ from dudi.ablation.grid import START, Cell, Grid, Measured, applies, cells_of
 from dudi.ablation.methods import methods
 from dudi.ablation.results import Results, Table, tables
 from dudi.callbacks import write_text
-from dudi.pages import render_page
+from dudi.page import page
 from dudi.report_figures import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, LineChart, line_chart
 
 BEGIN, END = "<!-- tables: dudi ablate --report -->", "<!-- end of tables -->"
@@ -107,7 +107,7 @@ def charts(results: Results) -> list[LineChart]:
 
 def html(found: Sequence[Table], drawn: Sequence[LineChart], state: str) -> str:
     size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
-    return render_page("ablation.html.j2", {}, tables=found, charts=drawn, state=state, size=size)
+    return page("ablation.html.j2", {}, tables=found, charts=drawn, state=state, size=size)
 
 
 def as_json(results: Results, measured: Mapping[str, Measured]) -> dict[str, Any]:

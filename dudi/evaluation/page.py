@@ -15,7 +15,7 @@ from dudi.evaluation.bootstrap import MEAN, Estimate
 from dudi.evaluation.compare import Compared, Comparison
 from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.tables import DASH, spelt, with_interval
-from dudi.pages import render_page
+from dudi.page import page
 from dudi.report_figures import labelled, language_name, ticks
 
 WIDTH, LEFT, RIGHT, LINE = 420.0, 92.0, 8.0, 11.0  # of a drawing, in SVG units
@@ -140,9 +140,7 @@ def _clip(text: str) -> str:
 
 def render(comparison: Comparison) -> str:
     """The page."""
-    from dudi import __version__
-
-    return render_page(
+    return page(
         "compare.html.j2",
         {"language": _name},
         comparison=comparison,
@@ -159,7 +157,6 @@ def render(comparison: Comparison) -> str:
         skipped=_skipped(comparison),
         size={"width": WIDTH},
         dash=DASH,
-        version=__version__,
     )
 
 

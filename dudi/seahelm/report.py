@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dudi.callbacks import write_text
-from dudi.pages import render_page
+from dudi.page import page
 from dudi.report_figures import DASH, language_name, number
 from dudi.seahelm.facts import facts
 from dudi.seahelm.scores import SEA, Estimate, Model, Node, collect
@@ -199,10 +199,8 @@ def headline(models: Sequence[Model]) -> str:
 
 def render(models: Sequence[Model]) -> str:
     """The page."""
-    from dudi import __version__
-
     shown = lines(models)
-    return render_page(
+    return page(
         "seahelm.html.j2",
         {},
         headline=headline(models),
@@ -216,7 +214,6 @@ def render(models: Sequence[Model]) -> str:
         remarks=remarks(models),
         baselines=baselines(models),
         seahelm=facts(),
-        version=__version__,
     )
 
 

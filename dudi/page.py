@@ -1,4 +1,4 @@
-"""Pages from templates in data/: values are escaped, a name that is not given is an error."""
+"""Pages: data/*.html.j2, each one file without scripts or requests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import jinja2
 
 
-def render_page(template: str, filters: dict[str, Callable[..., Any]], **values: Any) -> str:
-    """The text of a page; `filters` are those of its template."""
+def page(name: str, filters: dict[str, Callable[..., Any]], **fields: Any) -> str:
+    """The page of the template `name`, which is told the version; a field it lacks is an error."""
+    from dudi import __version__
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dudi", "data"),
         autoescape=True,
@@ -18,4 +20,4 @@ def render_page(template: str, filters: dict[str, Callable[..., Any]], **values:
         lstrip_blocks=True,
     )
     environment.filters.update(filters)
-    return environment.get_template(template).render(**values)
+    return environment.get_template(name).render(version=__version__, **fields)
