@@ -25,7 +25,7 @@ from dudi.ablation.command import Run, run_ablation
 from dudi.ablation.grid import Cell, Measured, cells_of, read_grid, resolved, selected, steps_of
 from dudi.ablation.methods import method, methods
 from dudi.ablation.report import BEGIN, END
-from dudi.ablation.results import at
+from dudi.ablation.results import at, rate_told
 from dudi.ablation.statistics import difference, estimate, t_quantile, values_of
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
@@ -376,6 +376,12 @@ def test_the_standard_grid_pairs_what_it_compares() -> None:
 def test_what_is_no_grid_is_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
         read_grid(write_grid(tmp_path, **changes))
+
+
+def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:
+    grid = read_grid("configs/ablation.yaml")
+    told = [rate_told(grid, Measured(rate, 1.0)) for rate in (1e-4, 2e-3, 6e-3)]
+    assert told == ["0.0001 (the lowest tried)", "0.002", "0.006 (the highest tried)"]
 
 
 def test_only() -> None:

@@ -157,3 +157,53 @@ def test_plot(tmp_path: Path) -> None:
     path = write_plot(comparison, tmp_path / "plots" / "c.svg")
     assert path.read_text(encoding="utf-8").startswith("<?xml") and check_plot(path) == path
     assert [p.name for p in path.parent.iterdir()] == ["c.svg"]
+
+
+def test_a_group_is_drawn_in_all_its_languages() -> None:
+    """Three languages with the same strings, equally hard, are one sample and not three; languages
+    without a common group are drawn apart."""
+    hard = np.random.default_rng(0).gamma(2.0, 1.0, 100)
+    rows = [
+        {"row": 100 * k + i, "language": code, "group": str(i), "nll": float(hard[i]), "chars": 3}
+        for k, code in enumerate(("id", "th", "vi"))
+        for i in range(100 - k)
+    ]
+    figure = FIGURES["nll_per_char"]
+    together = {code: own.estimate() for code, own in sampled(figure, rows, 0).items()}
+    apart = sampled(figure, [r | {"group": str(r["row"])} for r in rows], 0)["mean"].estimate()
+    widths = {code: own.high - own.low for code, own in together.items()}
+    assert widths["mean"] == pytest.approx(widths["id"], rel=0.15)
+    assert apart.high - apart.low < 0.7 * widths["mean"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "change", "settings", "note"),
+    [
+        ("nll_per_token", {"tokens": 9}, {}, "cut the same rows differently"),
+        ("nll_per_char", {"chars": 9}, {}, "cut the same rows differently"),
+        ("ece_tokens", {"token_bins": [[0, 9.0, 0.5, 1.0]]}, {}, "cut the same rows differently"),
+        (
+            "kl_to_teacher", {}, {"teacher_model_name_or_path": "b"},
+            "have other values of teacher_model_name_or_path",
+        ),
+        (
+            "chrf++", {}, {"max_completion_length": 64},
+            "have other values of max_completion_length",
+        ),
+    ],
+)  # fmt: skip
+def test_figures_of_something_else_are_not_compared(
+    figure: str, change: dict[str, Any], settings: dict[str, Any], note: str
+) -> None:
+    """Another tokenizer's tokens, another teacher, generations of another length."""
+    more = {"tokens": 5, "kl": 1.0, "taught": 5.0, "token_bins": [[0, 5.0, 0.5, 1.0]]}
+    more["chrf"] = [4, 4, 2] * 8
+    rows = [row | more for row in rows_of(0)]
+    old, new = result("old", rows), result("new", [row | change for row in rows])
+    old.settings = {"teacher_model_name_or_path": "a", "max_completion_length": 128}
+    new.settings = old.settings | settings
+    comparison = compare([old, new])
+    (told,) = comparison.notes
+    assert note in told and told.endswith(f"no differences of {FIGURES[figure].title}")
+    for line in comparison.of("t", "mean"):
+        assert math.isnan(line.differences[1].value) == (line.figure == figure)

@@ -212,7 +212,10 @@ def questions(path: Path, **fields: Any) -> Path:
 @torch.no_grad()
 def test_choices(tmp_path: Path) -> None:
     model = sharpened(2)
-    task = evaluate_tasks(model, tiny.tokenizer(), [questions(tmp_path)], batch_size=2).tasks["own"]
+    # choices are scored whole, whatever generations may have
+    task = evaluate_tasks(
+        model, tiny.tokenizer(), [questions(tmp_path)], batch_size=2, max_completion_length=1
+    ).tasks["own"]
     right, by_bytes, predictions = [], [], []
     for line in (tmp_path / "items.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -309,12 +312,20 @@ def test_absent_data_is_skipped_with_the_reason(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_language_without_rows_is_told() -> None:
+    own = evaluate_tasks(
+        tiny.model(0), tiny.tokenizer(), [translation(1, metrics=["nll"])], languages=["th", "jv"]
+    ).tasks["translation"]
+    assert (own.languages, own.notes) == (["th"], ["there are no rows in jv"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"generate_rows": -1}, "generate_rows must be at least 0, got -1"),
         ({"resamples": 0}, "resamples must be at least 1, got 0"),
+        ({"max_prompt_length": -3}, "max_prompt_length must be at least 1, got -3"),
         ({"tasks": []}, "tasks must not be empty"),
         ({"tasks": ["udhr", "udhr"]}, "different names, got 'udhr' twice"),
         ({"tasks": ["nowhere"]}, "YAML file or one of mediawiki, .*got 'nowhere'"),

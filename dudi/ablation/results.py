@@ -215,9 +215,7 @@ def _methods_table(results: Results, measured: Mapping[str, Measured]) -> Table:
     for name in (m for m in methods() if m in used):
         own = method(name)
         rate = measured.get(own.tuned_as or name)
-        told = (
-            f"{rate.learning_rate:g}" if rate else str(results.grid.training.get("learning_rate"))
-        )
+        told = rate_told(results.grid, rate)
         paper = f"[{own.paper}](https://arxiv.org/abs/{own.paper})" if own.paper else DASH
         lines.append([own.title, paper, told, " ".join(own.about.split())])
     note = "Each is a configuration of one trainer. An ablation of DuDi has DuDi's learning rate."
@@ -228,6 +226,16 @@ def _methods_table(results: Results, measured: Mapping[str, Measured]) -> Table:
             f"seed {results.grid.tune.seed}."
         )
     return Table("Methods", "What was compared", note, ["", "arXiv", "rate", "what"], lines)
+
+
+def rate_told(grid: Grid, rate: Measured | None) -> str:
+    """A learning rate; of a sweep, whether a better one may lie beyond its ends."""
+    if rate is None:
+        return str(grid.training.get("learning_rate"))
+    tried = sorted(set(grid.tune.learning_rates)) if grid.tune else []
+    ends = {tried[0]: "the lowest tried", tried[-1]: "the highest tried"} if tried[1:] else {}
+    end = ends.get(rate.learning_rate)
+    return f"{rate.learning_rate:g}" + (f" ({end})" if end else "")
 
 
 def _columns(results: Results, setting: str, wanted: Sequence[str]) -> list[tuple[str, str]]:
@@ -256,7 +264,7 @@ def _means(results: Results, setting: str, title: str) -> Table:
         lines.append([title_of(name), str(seeds), f"{steps:.0f}", f"{seconds:.0f}", *cells])
     note = (
         "Means over seeds of the unweighted mean over languages on the test split, with 95 % "
-        "intervals; seconds of one CPU core in training."
+        "intervals; seconds of one CPU core in training, without what a teacher wrote beforehand."
     )
     head = ["", "seeds", "steps", "seconds", *_head(columns)]
     return Table(title, "Means", note, head, lines)

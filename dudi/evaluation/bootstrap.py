@@ -1,8 +1,9 @@
 """Confidence intervals by resampling rows: seeded, by language, paired between runs.
 
-A resample draws groups of rows (a row by itself unless a task groups them) with replacement within
-each language; the mean over languages is taken within a resample. Two runs over the same rows get
-the same draws, so that differences are those of the same resampled rows.
+A resample draws groups of rows (a row by itself unless a task groups them) with replacement: within
+a language, or within all languages that share groups, so that a group's rows come together in each
+of them. The mean over languages is taken within a resample. Two runs over the same rows get the
+same draws, so that differences are those of the same resampled rows.
 """
 
 from __future__ import annotations
@@ -59,10 +60,14 @@ def sampled(
             columns = np.asarray(figure.columns(row), float)
             groups = by_language[row["language"]]
             groups[row["group"]] = groups.get(row["group"], 0) + columns
-    found = {
-        language: _of_language(figure, np.stack(list(groups.values())), seed, language, resamples)
-        for language, groups in sorted(by_language.items())
-    }
+    found = {}
+    for languages, names in _strata(by_language):
+        placed = {code: _placed(names, by_language[code]) for code in languages}
+        drawn = _of_stratum(figure, placed, [seed, zlib.crc32(languages[0].encode())], resamples)
+        for code in languages:
+            value = float(figure.value(placed[code].sum(0)[None])[0])
+            found[code] = Sampled(value, drawn[code], len(by_language[code]))
+    found = dict(sorted(found.items()))
     if found:
         found[MEAN] = Sampled(
             float(np.mean([own.value for own in found.values()])),
@@ -72,19 +77,40 @@ def sampled(
     return found
 
 
-def _of_language(
-    figure: Figure, columns: np.ndarray, seed: int, language: str, resamples: int
-) -> Sampled:
-    value = float(figure.value(columns.sum(0)[None])[0])
-    random = np.random.default_rng([seed, zlib.crc32(language.encode())])
-    count = len(columns)
-    draws = []
+def _strata(
+    by_language: Mapping[str, Mapping[str, np.ndarray]],
+) -> list[tuple[list[str], list[str]]]:
+    """Languages that share groups, directly or through others, with all of their groups."""
+    strata: list[tuple[set[str], dict[str, None]]] = []
+    for language in sorted(by_language):
+        languages, names = {language}, dict.fromkeys(by_language[language])
+        for other in [own for own in strata if own[1].keys() & names.keys()]:
+            strata.remove(other)
+            languages, names = other[0] | languages, other[1] | names
+        strata.append((languages, names))
+    return [(sorted(languages), list(names)) for languages, names in strata]
+
+
+def _placed(names: Sequence[str], groups: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(groups of the stratum, S): zeros where the language has none of a group's rows."""
+    nothing = np.zeros_like(next(iter(groups.values())))
+    return np.stack([groups.get(name, nothing) for name in names])
+
+
+def _of_stratum(
+    figure: Figure, columns: Mapping[str, np.ndarray], seed: list[int], resamples: int
+) -> dict[str, np.ndarray]:
+    """The figure of each language in each resample of groups, the same resamples for all."""
+    random = np.random.default_rng(seed)
+    count = len(next(iter(columns.values())))
+    draws: dict[str, list[np.ndarray]] = {code: [] for code in columns}
     step = max(1, AT_ONCE // count)
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         times = random.multinomial(count, np.full(count, 1 / count), size=size)
-        draws.append(figure.value(times @ columns))
-    return Sampled(value, np.concatenate(draws), count)
+        for code, own in columns.items():
+            draws[code].append(figure.value(times @ own))
+    return {code: np.concatenate(own) for code, own in draws.items()}
 
 
 def difference(new: Sampled, old: Sampled) -> Estimate:

@@ -1,12 +1,14 @@
 """Multiple choice by log-likelihood: the choice whose text the model finds likeliest.
 
 accuracy compares summed log-probabilities, accuracy_by_bytes those divided by the choice's bytes.
-The confidence of a question is the softmax over the summed log-probabilities of its choices.
+The confidence of a question is the softmax over the summed log-probabilities of its choices. A
+choice is never cut: the longer ones would be spared what the shorter ones pay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ def answer_choices(
     tell: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Values of each item's row."""
+    encoder = replace(encoder, max_completion_length=None)
     places = [(i, j) for i, item in enumerate(items) for j in range(len(item.choices))]
     rows = [_row(items[i], j, task, encoder) for i, j in places]
     check_ids(scorer, rows, task.name)

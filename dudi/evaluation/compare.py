@@ -1,7 +1,8 @@
 """Several results side by side: each figure with its interval, and paired differences from one.
 
 Differences are taken within resamples of the same rows, so both results must be of the same items
-and draws; what is not comparable is told and left without a difference.
+and draws, and a figure of as many tokens, characters, ... of each row and of the same teacher; what
+is not comparable is told and left without a difference.
 """
 
 from __future__ import annotations
@@ -123,6 +124,14 @@ def _compare_task(
         if new is not None and new is not old and not _pair(new, old):
             comparison.notes.append(_why(name, result.name, base.name, new, old))
     for figure in FIGURES:
+        whys = [
+            _unlike(figure, own, base, name) if can else ""
+            for own, can in zip(results, paired, strict=True)
+        ]
+        for result, why in zip(results, whys, strict=True):
+            if why:
+                told = f"{name}: {result.name} and {base.name} {why}"
+                comparison.notes.append(f"{told}: no differences of {FIGURES[figure].title}")
         sampled = [{} if task is None else task.sampled.get(figure, {}) for task in tasks]
         olds = {} if old is None else old.sampled.get(figure, {})
         languages = sorted({code for own in sampled for code in own} - {MEAN})
@@ -132,9 +141,9 @@ def _compare_task(
             values = [own[code].estimate() if code in own else NOTHING for own in sampled]
             differences = [
                 _difference(figure, new, old, own.get(code), olds.get(code), code)
-                if can
+                if can and not why
                 else NOTHING
-                for new, own, can in zip(tasks, sampled, paired, strict=True)
+                for new, own, can, why in zip(tasks, sampled, paired, whys, strict=True)
             ]
             groups = min(own[code].groups for own in sampled if code in own)
             line = Compared(name, figure, code, values, differences, groups)
@@ -154,6 +163,24 @@ def _why(task: str, name: str, base: str, new: TaskResult, old: TaskResult | Non
     if new.data["sha256"] != old.data["sha256"]:
         return f"{task}: {name} and {base} are of different items: no paired differences"
     return f"{task}: {name} and {base} have other seeds or resamples: no paired differences"
+
+
+def _unlike(figure: str, new: Result, old: Result, task: str) -> str:
+    """Why a figure of the same items is of something else in two results; "" where it is not."""
+    known = FIGURES[figure]
+    sizes = [
+        {row["row"]: known.size(row) for row in result.tasks[task].rows if known.counts(row)}
+        for result in (new, old)
+    ]
+    both = sizes[0].keys() & sizes[1].keys()
+    if not both:
+        return ""
+    for name in known.settings:
+        if new.settings.get(name) != old.settings.get(name):
+            return f"have other values of {name}"
+    if any(sizes[0][row] != sizes[1][row] for row in both):
+        return "cut the same rows differently (another tokenizer, or other lengths)"
+    return ""
 
 
 def _difference(

@@ -30,22 +30,35 @@ class Figure:
     needs: tuple[str, ...]  # keys of rows that count
     columns: Callable[[Row], Any]
     value: Callable[[np.ndarray], np.ndarray]  # (B, S) -> (B,)
+    size: Callable[[Row], float] = lambda row: 1  # what the row is of: its tokens, characters, ...
+    settings: tuple[str, ...] = ()  # of an evaluation: with others the figure is of something else
 
     def counts(self, row: Row) -> bool:
         """Whether a row has what the figure is made of."""
         return all(name in row for name in self.needs)
 
 
-def _ratio(top: str, bottom: str) -> dict[str, Any]:
+def _ratio(top: str, bottom: str, *settings: str) -> dict[str, Any]:
     def value(sums: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
 
-    return {"needs": (top, bottom), "columns": lambda row: (row[top], row[bottom]), "value": value}
+    return {
+        "needs": (top, bottom),
+        "columns": lambda row: (row[top], row[bottom]),
+        "value": value,
+        "size": lambda row: row[bottom],
+        "settings": settings,
+    }
 
 
 def _ece(name: str) -> dict[str, Any]:
-    return {"needs": (name,), "columns": lambda row: spread(row[name]), "value": ece}
+    return {
+        "needs": (name,),
+        "columns": lambda row: spread(row[name]),
+        "value": ece,
+        "size": lambda row: sum(own[1] for own in row[name]),
+    }
 
 
 @lru_cache(maxsize=1)
@@ -63,15 +76,23 @@ def _chrf(sums: np.ndarray) -> np.ndarray:
     return np.array([chrf()._compute_score_from_stats(list(s)).score for s in sums])
 
 
+TEACHER, LENGTH = "teacher_model_name_or_path", "max_completion_length"
+
 FIGURES = {
     "nll_per_char": Figure("NLL / char", "nats", 3, "lower", **_ratio("nll", "chars")),
     "nll_per_byte": Figure("NLL / byte", "nats", 3, "lower", **_ratio("nll", "bytes")),
     "nll_per_token": Figure("NLL / token", "nats", 3, "lower", **_ratio("nll", "tokens")),
-    "kl_to_teacher": Figure("KL to teacher", "nats a token", 3, "lower", **_ratio("kl", "taught")),
+    "kl_to_teacher": Figure(
+        "KL to teacher", "nats a token", 3, "lower", **_ratio("kl", "taught", TEACHER)
+    ),
     "ece_tokens": Figure("ECE, tokens", "0 to 1", 3, "lower", **_ece("token_bins")),
-    "chrf++": Figure("chrF++", "0 to 100", 1, "higher", ("chrf",), lambda r: r["chrf"], _chrf),
-    "length_ratio": Figure("length ratio", "1 is alike", 2, "", **_ratio("written", "reference")),
-    "fidelity": Figure("fidelity", "share", 3, "higher", **_ratio("faithful", "judged")),
+    "chrf++": Figure(
+        "chrF++", "0 to 100", 1, "higher", ("chrf",), lambda r: r["chrf"], _chrf, settings=(LENGTH,)
+    ),
+    "length_ratio": Figure(
+        "length ratio", "1 is alike", 2, "", **_ratio("written", "reference", LENGTH)
+    ),
+    "fidelity": Figure("fidelity", "share", 3, "higher", **_ratio("faithful", "judged", LENGTH)),
     "fidelity_of_references": Figure(
         "fidelity of references", "share", 3, "", **_ratio("faithful_reference", "judged")
     ),

@@ -22,6 +22,7 @@ from dudi.evaluation.writing import judges, write, written_values
 from dudi.known import KnownTeacher
 from dudi.rollout import inference_mode_of
 from dudi.signals import check_padding_free
+from dudi.verbalize import normalise
 from dudi_kernels.plan import DEFAULT_BUDGET
 
 Progress = Callable[[str, int, int], None]  # task, rows done, rows to do
@@ -79,7 +80,7 @@ def evaluate_tasks(
         languages: the rows of these alone; None is all.
         seed, resamples: of the bootstrap; results that are compared must have the same.
         generate_rows: the first items of each language that are generated; None is all.
-        max_prompt_length, max_completion_length: tokens; longer ones are cut.
+        max_prompt_length, max_completion_length: tokens; longer ones are cut, choices never.
         padding_free: run the bodies without padding.
         data_dir: where `dudi eval-data` has put its files.
         progress: called with a task's name, rows done and rows to do.
@@ -91,7 +92,7 @@ def evaluate_tasks(
         ValueError: a task that can't be read, or a row that can't, named.
     """
     loaded = load_tasks(tasks)
-    _check(batch_size, generate_rows, max_completion_length, resamples)
+    _check(batch_size, generate_rows, max_prompt_length, max_completion_length, resamples)
     if padding_free:
         check_padding_free(model, "model")
         if teacher is not None and not isinstance(teacher, KnownTeacher):
@@ -117,16 +118,24 @@ def evaluate_tasks(
                 continue
             own = _evaluate(run, task, items, _teller(task.name, progress))
             own.seed, own.resamples = seed, resamples
+            lacking = {normalise(code) for code in languages or ()} - set(own.languages)
+            if lacking:
+                own.notes.append(f"there are no rows in {', '.join(sorted(lacking))}")
             result.tasks[task.name] = own
     return result
 
 
 def _check(
-    batch_size: int, generate_rows: int | None, max_completion_length: int, resamples: int
+    batch_size: int,
+    generate_rows: int | None,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    resamples: int,
 ) -> None:
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("generate_rows", generate_rows or 0, 0),
+        ("max_prompt_length", 1 if max_prompt_length is None else max_prompt_length, 1),
         ("max_completion_length", max_completion_length, 1),
         ("resamples", resamples, 1),
     ):
