@@ -269,6 +269,7 @@ class ContinuingTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """What else each rank has of its own: samples to come, and scores that it knows."""
         super()._save_rng_state(output_dir)
+        self.sampling.begin_anew()
         own = self.sampling.state() | self.known_scores.state()
         save_file(own, Path(output_dir) / self._samples_file)
         if self.reference is not None and (self.sharded or self.args.should_save):

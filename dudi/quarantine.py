@@ -55,6 +55,10 @@ class Quarantine(TrainerCallback):
                 "damaged on some machine"
             )
 
+    def leave_out(self, found: list[Record]) -> None:
+        """Rows of the data; those of a dataset that is evaluated again are known."""
+        self.of_data += [record for record in found if record not in self.of_data]
+
     def add(self, found: list[Record], args: TrainingArguments) -> None:
         """Of this step, by any rank."""
         self.of_steps += found

@@ -221,6 +221,12 @@ class Sampling:
 
     def clear(self) -> None:
         self.ahead, self._saved = [], []
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """An engine is sent the weights before the next draw, as that of a resumed run is."""
+        if self.vllm is not None:
+            self.vllm.forget()
 
 
 def unpad(batch: Batch, name: str) -> list[Tensor]:

@@ -283,6 +283,7 @@ class DuDiTrainer(ContinuingTrainer):
     def _prepare(self, dataset: Any, tokenizer: Any, args: DuDiConfig, split: str) -> Any:
         if dataset is None or "completion_ids" in dataset.column_names:
             return dataset
+        bad: list[Record] = []
         prepared, counts = prepare_dataset(
             dataset,
             tokenizer,
@@ -295,11 +296,11 @@ class DuDiTrainer(ContinuingTrainer):
             max_teacher_prompt_length=args.max_teacher_prompt_length,
             max_unpaired=args.max_unpaired,
             overlong=args.overlong,
-            quarantine=self.quarantine.of_data if args.skips_bad else None,
+            quarantine=bad if args.skips_bad else None,
             split_name=split,
         )
         prepared, lost = answered_rows(self.known, prepared, args, self.bridge.pairing, split)
-        self.quarantine.of_data += lost
+        self.quarantine.leave_out([*bad, *lost])
         counts |= {"rows": len(prepared), "bad_rows": counts["bad_rows"] + len(lost)}
         self.data_counts[split] = counts
         return prepared

@@ -149,10 +149,11 @@ class ColocatedEngine:
         own = args.vllm_engine_kwargs or {}
         self.llm = LLM(model=str(folder), **{"seed": args.seed, **limits, **own})
         self.parameters, self.params_type = parameters, SamplingParams
-        self.sleeps = bool(own.get("enable_sleep_mode"))
+        self.sleeps, self.asleep = bool(own.get("enable_sleep_mode")), False
 
     def sample(self, asked: Sequence[Asked], log_probs: bool) -> list[Said]:
         more = {"logprobs": 0} if log_probs else {}
+        self._wake()
         outputs = self.llm.generate(
             [{"prompt_token_ids": one.prompt} for one in asked],
             [self.params_type(**self.parameters, **more, seed=one.seed) for one in asked],
@@ -160,6 +161,7 @@ class ColocatedEngine:
         )
         if self.sleeps:
             self.llm.sleep(level=1)
+            self.asleep = True
         return [self._said(output.outputs[0], log_probs) for output in outputs]
 
     def _said(self, output: Any, log_probs: bool) -> Said:
@@ -172,8 +174,12 @@ class ColocatedEngine:
         return Said(ids, output.finish_reason, values)
 
     def reload(self, folder: Path) -> None:
-        if self.sleeps:
-            self.llm.wake_up()
+        self._wake()
         self.llm.collective_rpc(RELOAD, kwargs={"weights_path": str(folder)})
         if self.llm.reset_prefix_cache() is False:
             raise VllmError("vLLM must forget cached prefixes, which older weights made")
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False

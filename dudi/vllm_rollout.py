@@ -54,6 +54,10 @@ class VllmRollouts:
         self.sent = 0  # times
         self.checking = False  # whether the samples of now are compared with the student
 
+    def forget(self) -> None:
+        """The next draw sends weights first."""
+        self.step = None
+
     # ---- weights -------------------------------------------------------------------------------
 
     def bring(self, model: nn.Module, step: int) -> bool:

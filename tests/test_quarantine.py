@@ -12,6 +12,7 @@ import pytest
 import test_served
 import tiny
 import torch
+from datasets import Dataset
 from test_served import K, bucketed
 from test_teacher_cache import ROWS, a_teacher, cached, flip, trainer
 from test_teaching import GIVEN, kl, log_probs, step
@@ -276,3 +277,17 @@ def test_ranks_with_other_rows_are_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(quarantine, "gather_object", lambda own: [*own, (ROWS - 1, "{}")])
     with pytest.raises(ValueError, match="the same rows, they have 12, 11: a file or a cache is"):
         trainer(tmp_path, a_teacher())
+
+
+def test_a_dataset_that_is_evaluated_again_is_counted_once(tmp_path: Path) -> None:
+    run = DuDiTrainer(
+        tiny.model(0), tiny.model(1), tiny.config(tmp_path, max_steps=1, **SKIP), tiny.rows(4),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    rows = tiny.rows(3, "test").to_list()
+    rows[1]["completion"] = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="left out"):
+            run.evaluate(Dataset.from_list(rows))
+    (record,) = run.quarantine.of_data
+    assert (record["split"], record["row"]) == ("eval", 1)

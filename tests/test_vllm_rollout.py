@@ -89,6 +89,23 @@ def test_weights_that_are_sent_every_other_step(server: str, tmp_path: Path) -> 
     assert all(0 < r["rollout_importance"] < 1 for r in found[1::2])
 
 
+def test_a_resumed_run_is_sent_weights_when_one_never_stopped_is(
+    server: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "vllm_sync_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3,
+    }  # fmt: skip
+    make(tmp_path / "whole", server, **settings).train()
+    whole = tiny.logged(tmp_path / "whole")
+    sent = ["weight_sync_seconds" in r for r in whole]
+    assert sent == [True, False, True, True, False, True]
+    trainer = make(tmp_path / "again", server, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    again = tiny.logged(tmp_path / "again")
+    assert [r["loss"] for r in again] == [r["loss"] for r in whole[3:]]
+    assert ["weight_sync_seconds" in r for r in again] == sent[3:]
+
+
 def test_importance_is_of_the_policy_that_drew(server: str, tmp_path: Path) -> None:
     """What the engine says of its tokens is what the student then said."""
     trainer = make(tmp_path, server, rollout_steps=2, rollout_importance=True)
@@ -310,14 +327,14 @@ def test_an_engine_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "enable_sleep_mode": True,
     }  # fmt: skip
     served.reload(tmp_path)
-    assert served.sample([Asked([3, 4], 7)], True) == [([9, EOS], "stop", [-2.5, -0.5])]
-    assert llm.calls == [
-        ("wake_up", {}),
-        ("reload_weights", {"weights_path": str(tmp_path)}),
-        ("reset_prefix_cache", {}),
-        ("generate", [{"prompt_token_ids": [3, 4]}], [{**parameters, "logprobs": 0, "seed": 7}]),
-        ("sleep", {"level": 1}),
-    ]
+    for _ in range(2):  # the second with the same weights
+        assert served.sample([Asked([3, 4], 7)], True) == [([9, EOS], "stop", [-2.5, -0.5])]
+    sending = [("reload_weights", {"weights_path": str(tmp_path)}), ("reset_prefix_cache", {})]
+    asked = {**parameters, "logprobs": 0, "seed": 7}
+    drawing = [("generate", [{"prompt_token_ids": [3, 4]}], [asked]), ("sleep", {"level": 1})]
+    assert llm.calls == [*sending, *drawing, ("wake_up", {}), *drawing]
+    served.reload(tmp_path)
+    assert llm.calls[-3:] == [("wake_up", {}), *sending]
 
 
 def test_no_vllm_in_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
