@@ -380,8 +380,8 @@ def test_what_is_no_grid_is_told(changes: dict[str, Any], told: str, tmp_path: P
 
 def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:
     grid = read_grid("configs/ablation.yaml")
-    told = [rate_told(grid, Measured(rate, 1.0)) for rate in (1e-4, 2e-3, 6e-3)]
-    assert told == ["0.0001 (the lowest tried)", "0.002", "0.006 (the highest tried)"]
+    told = [rate_told(grid, Measured(rate, 1.0)) for rate in (3e-5, 2e-3, 6e-3)]
+    assert told == ["3e-05 (the lowest tried)", "0.002", "0.006 (the highest tried)"]
 
 
 def test_only() -> None:
