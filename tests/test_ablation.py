@@ -24,6 +24,7 @@ from dudi.ablation import cell as cells
 from dudi.ablation.command import Run, run_ablation
 from dudi.ablation.grid import Cell, Measured, cells_of, read_grid, resolved, selected, steps_of
 from dudi.ablation.methods import method, methods
+from dudi.ablation.own import _state
 from dudi.ablation.report import BEGIN, END
 from dudi.ablation.results import at, rate_told
 from dudi.ablation.statistics import difference, estimate, t_quantile, values_of
@@ -264,6 +265,9 @@ TINY: dict[str, Any] = {
 }
 
 
+ROWS = {"dataset_name": "rows.jsonl"}
+
+
 def write_grid(folder: Path, **changes: Any) -> Path:
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(TINY | changes), encoding="utf-8")
@@ -371,11 +375,60 @@ def test_the_standard_grid_pairs_what_it_compares() -> None:
         ({"settings": {"a": TINY["settings"]["main"] | {"seconds_of": "dudi"}}}, "one of steps"),
         ({"training": {}}, "learning_rate"),
         ({"tune": {"learning_rates": [1e-3], "seed": 0, "setting": "main"}}, "tune.seed"),
+        ({"students": {"base": {"model_name_or_path": "x", "hidden_size": 8}}}, "no hidden_size"),
+        ({"warm_up": None}, "warm_up must be given: students.base is new"),
+        ({"data": {"train": ROWS, "validation": ROWS}}, "students.base must have model_name"),
+        ({"teachers": {"smollm2": {"model_name_or_path": "x"}}}, "names of their own, got smollm2"),
+        ({"methods": {"dudi": {"like": "sft", "options": {}}}}, "names of their own, got dudi"),
+        ({"methods": {"mine": {"like": "dudy", "options": {}}}}, "did you mean 'dudi'"),
+        ({"methods": {"mine": {"like": "dudi", "options": {"ce_weigth": 1}}}}, "'ce_weight'"),
+        (
+            {"methods": {"mine": {"like": "dudi", "options": {"ce_weight": "a"}}}},
+            "methods.mine.opt",
+        ),
+        ({"domains": {"x": TINY["domains"]["udhr"] | {"split": "validation"}}}, "domains.x.split"),
     ],
 )
 def test_what_is_no_grid_is_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
         read_grid(write_grid(tmp_path, **changes))
+
+
+def test_cells_know_the_user_s_own_files(tmp_path: Path) -> None:
+    """A file of another size or time is another cell; what has none is as it was."""
+    names = tiny.write_inputs(tmp_path)
+    rows = {"dataset_name": names["dataset_name"]}
+    config = write_grid(
+        tmp_path,
+        students={"base": {"model_name_or_path": names["model_name_or_path"]}},
+        teachers={"mine": {"model_name_or_path": names["teacher_model_name_or_path"]}},
+        data={"train": rows, "validation": rows},
+        methods={"mild": {"like": "dudi", "options": {"ce_weight": 0.5}, "tuned_as": "dudi"}},
+        settings={"main": TINY["settings"]["main"] | {"teacher": "mine", "methods": ["mild"]}},
+    )
+
+    def content() -> dict[str, Any]:
+        _state.cache_clear()
+        return resolved(read_grid(config), Cell("main", "mild", 0), {})
+
+    first = content()
+    assert first["options"]["ce_weight"] == 0.5 and first["options"]["off_policy_weight"] == 1
+    assert first["files"].keys() == set(names.values())
+    weights = tmp_path / "teacher" / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    assert content() != first
+    standard = resolved(read_grid("configs/ablation-small.yaml"), Cell("main", "sft", 0), {})
+    assert not {"files", "own_teacher", "data_of"} & standard.keys()
+
+
+def test_what_is_not_there_is_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_grid(tmp_path, teachers={"mine": {"model_name_or_path": "./nothing"}})
+    out = tmp_path / "out"
+    assert main(["ablate", "--config", str(config), "--output_dir", str(out)]) == 2
+    assert "teachers.mine.model_name_or_path './nothing'" in capsys.readouterr().err
+    assert not list(out.glob("*"))
 
 
 def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dudi.ablation.grid import START, Cell, Grid, Measured, applies, cells_of
-from dudi.ablation.methods import methods
 from dudi.ablation.results import Results, Table, tables
 from dudi.callbacks import write_text
 from dudi.page import page
@@ -67,7 +66,7 @@ def missing(grid: Grid, done: Mapping[Cell, Any]) -> str:
 
 
 def applies_to(grid: Grid, cell: Cell) -> bool:
-    return applies(cell.method, grid.settings[cell.setting])
+    return applies(grid, cell.method, grid.settings[cell.setting])
 
 
 def markdown(grid: Grid, done: Mapping[Cell, Any], found: Sequence[Table]) -> str:
@@ -95,7 +94,7 @@ def charts(results: Results) -> list[LineChart]:
     found = []
     for name, setting in results.grid.settings.items():
         curves = {
-            methods()[m].title: results.curve(name, m)
+            results.grid.method(m).title: results.curve(name, m)
             for m in SHOWN
             if len(results.curve(name, m)[0]) > 1
         }
