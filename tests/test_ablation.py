@@ -78,7 +78,7 @@ def off(s: Seen) -> Tensor:
 
 
 def on(s: Seen) -> Tensor:
-    return 0.5 * s.mean("minus", lambda lp, lq: kl(lq, lp))
+    return s.mean("minus", kl)
 
 
 def skew(side: str, s: Seen) -> Tensor:
