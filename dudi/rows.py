@@ -114,7 +114,11 @@ def _context_text(row: Row, name: str) -> str | None:
 
 class Prompt(NamedTuple):
     ids: list[int]
-    cut: bool = False  # whether it was longer
+    left_out: int = 0  # tokens of its middle
+
+    @property
+    def cut(self) -> bool:
+        return self.left_out > 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class Reader:
                 f"begins the answer with {begun}"
             )
         head = min(limit // 2, limit - begun)
-        return Prompt(ids[:head] + ids[len(ids) - (limit - head) :], True)
+        return Prompt(ids[:head] + ids[len(ids) - (limit - head) :], len(ids) - limit)
 
 
 def student_ids(reader: Reader, example: Example) -> tuple[Prompt, list[int]]:

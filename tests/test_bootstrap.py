@@ -14,6 +14,7 @@ from dudi import cli
 from dudi.evaluation import Result, TaskResult, compare
 from dudi.evaluation.bootstrap import sampled
 from dudi.evaluation.figures import FIGURES
+from dudi.evaluation.page import render
 from dudi.evaluation.plot import check_plot, write_plot
 
 
@@ -190,6 +191,7 @@ def test_a_group_is_drawn_in_all_its_languages() -> None:
             "chrf++", {}, {"max_completion_length": 64},
             "have other values of max_completion_length",
         ),
+        ("kl_to_teacher", {"teacher_prompt_left_out": 7}, {}, "cut prompts differently"),
     ],
 )  # fmt: skip
 def test_figures_of_something_else_are_not_compared(
@@ -207,3 +209,31 @@ def test_figures_of_something_else_are_not_compared(
     assert note in told and told.endswith(f"no differences of {FIGURES[figure].title}")
     for line in comparison.of("t", "mean"):
         assert math.isnan(line.differences[1].value) == (line.figure == figure)
+
+
+def test_runs_that_read_other_prompts_are_not_compared() -> None:
+    """One prompt cut by one run alone: no figure has a difference, and one note says so."""
+    rows = [row | {"tokens": 5} for row in rows_of(0)]
+    cut = [row | {"prompt_left_out": 3 * (row["row"] == 0)} for row in rows]
+    comparison = compare([result("old", rows), result("new", cut)])
+    assert comparison.notes == [
+        "t: new and old cut prompts differently (a larger max_prompt_length cuts none): "
+        "no differences of NLL / char, NLL / token"
+    ]
+    assert all(math.isnan(line.differences[1].value) for line in comparison.lines)
+    page = render(comparison)
+    assert "new: 1 of 200 prompts were cut to max_prompt_length (vi 1/100)" in page
+
+
+def test_other_rows_are_not_compared() -> None:
+    """Of another number of generated rows, say, or a language that one could not judge."""
+    rows = rows_of(0)
+    fewer = [{k: v for k, v in row.items() if k != "nll" or row["row"]} for row in rows]
+    comparison = compare([result("old", rows), result("new", fewer)])
+    assert comparison.notes == [
+        "t: new and old measured it over other rows (199 and 200): no differences of NLL / char"
+    ]
+    assert all(math.isnan(line.differences[1].value) for line in comparison.lines)
+    thai = [row for row in rows if row["language"] == "th"]
+    (note,) = compare([result("old", rows), result("new", thai, sha256="other")]).notes
+    assert note.endswith("no paired differences, and means over other languages (old has vi alone)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from dudi import cli
 from dudi.demo_data import translation_rows
 from dudi.evaluation import Task, TaskResult, evaluate_tasks, load_result, writing
 from dudi.evaluation.command import run_evaluation
+from dudi.evaluation.encoding import Encoder
 from dudi.evaluation.scoring import Scorer
+from dudi.evaluation.tables import show_result
 from dudi.rollout import Rollout
 
 LANGUAGES = ["en", "th"]
@@ -242,8 +245,9 @@ def test_choices(tmp_path: Path) -> None:
 def parrot(say: Any) -> Any:
     def generate(model: Any, prompts: list[Tensor], **settings: Any) -> Rollout:
         assert settings["temperature"] == 0
-        done = [torch.tensor(say(p.tolist())) for p in prompts]
-        return Rollout(done, ["eos"] * len(done))
+        said = [say(p.tolist())[: settings["max_completion_length"]] for p in prompts]
+        reasons = ["eos" if own[-1] == 1 else "length" for own in said]
+        return Rollout([torch.tensor(own) for own in said], reasons)
 
     return generate
 
@@ -272,6 +276,57 @@ def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
         assert own.value("length_ratio", code) == pytest.approx(lengths, abs=0.05)
     assert own.value("fidelity", "th") == 0 and own.value("fidelity_of_references", "th") == 1
     assert 0 < own.value("chrf++", "en") < 100
+
+
+def test_what_the_limits_cut_is_counted_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: rows whose prompt, reference or generation has more tokens than its limit."""
+    known = {tuple(prompt_and_answer(row)[0]): prompt_and_answer(row)[1] for row in asked(4)}
+    lengths: dict[str, list[tuple[int, ...]]] = {code: [] for code in LANGUAGES}
+    for row in asked(4):
+        lengths[row["language"]].append(tuple(map(len, prompt_and_answer(row))))
+    limits = [sorted(n[place] for own in lengths.values() for n in own)[3] for place in (0, 1)]
+    screen, model = io.StringIO(), tiny.model()
+    said = iter(known.values())
+    monkeypatch.setattr(writing, "generate", parrot(lambda prompt: next(said)))
+    result = evaluate_tasks(
+        model, tiny.tokenizer(), [translation(4)], languages=LANGUAGES, resamples=1,
+        batch_size=1, max_prompt_length=limits[0], max_completion_length=limits[1],
+    )  # fmt: skip
+    read = load_result(result.save(tmp_path / "tasks.json")).to_dict()
+    cut = read["tasks"]["translation"]["cuts"]
+    for what, place, limit in (("prompts", 0, limits[0]), ("references", 1, limits[1])):
+        for code, own in lengths.items():
+            over = sum(sizes[place] > limit for sizes in own)
+            assert cut[what][code] == {"cut": over, "of": 4}
+        assert 0 < sum(n["cut"] for n in cut[what].values()) < 8  # or it could be all of them
+    over = sum(len(answer) > limits[1] for answer in known.values())
+    assert sum(n["cut"] for n in cut["generations"].values()) == over
+    assert "teacher_prompts" not in cut
+    show_result(result, Console(file=screen, width=80))
+    told = screen.getvalue()
+    count = sum(n["cut"] for n in cut["prompts"].values())
+    assert f"translation: {count} of 8 prompts were cut to max_prompt_length {limits[0]} (" in told
+    assert f"{over} of 8 generations had no end within max_completion_length {limits[1]}" in told
+    assert "likelihoods are of their beginnings, chrF++ and length ratio of the whole" in told
+    whole = evaluate_tasks(
+        model, tiny.tokenizer(), [translation(4, **METRICS)], languages=LANGUAGES, resamples=1
+    )
+    assert whole.cuts("translation") == []
+
+
+def test_cut_prompts_of_choices_and_of_the_teacher(tmp_path: Path) -> None:
+    model, tokenizer = sharpened(2), tiny.tokenizer()
+    own = evaluate_tasks(model, tokenizer, [questions(tmp_path)], max_prompt_length=2, resamples=1)
+    sizes = [len(ids(f"{q} is")) for q in ("Call forwarding", "Battery")]
+    assert [row["prompt_left_out"] for row in own.tasks["own"].rows] == [n - 2 for n in sizes]
+    encoder = Encoder.of(tokenizer, copy(tokenizer), max_prompt_length=4)
+    left = encoder.row("one two three four five", "x", chat=False, ends=True)["left_out"]
+    assert left["teacher_prompt_left_out"] == left["prompt_left_out"] > 0
+    assert "teacher_prompt_left_out" not in Encoder.of(tokenizer).row(
+        "one", "x", chat=False, ends=True
+    )["left_out"]  # fmt: skip
 
 
 def test_texts_without_prompts_or_ends(tmp_path: Path) -> None:

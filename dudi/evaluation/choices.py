@@ -39,7 +39,11 @@ def answer_choices(
             i, j = places[place]
             says[i][j] = -score.nll
     tell(len(items))
-    return [_values(item, own) for item, own in zip(items, says, strict=True)]
+    first = [row for row, (_, j) in zip(rows, places, strict=True) if j == 0]
+    return [
+        _values(item, own) | {"prompt_left_out": row["left_out"]["prompt_left_out"]}
+        for item, own, row in zip(items, says, first, strict=True)
+    ]
 
 
 def _row(item: Item, choice: int, task: Task, encoder: Encoder) -> dict[str, Any]:

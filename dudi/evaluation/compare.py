@@ -7,11 +7,13 @@ is not comparable is told and left without a difference.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dudi.evaluation.bootstrap import MEAN, Estimate, Sampled, difference
+from dudi.evaluation.bootstrap import MEAN, Estimate, difference
+from dudi.evaluation.cuts import PROMPT
 from dudi.evaluation.figures import FIGURES
 from dudi.evaluation.result import NOTHING, Result, TaskResult, _safe
 
@@ -123,31 +125,43 @@ def _compare_task(
     for result, new in zip(results, tasks, strict=True):
         if new is not None and new is not old and not _pair(new, old):
             comparison.notes.append(_why(name, result.name, base.name, new, old))
-    for figure in FIGURES:
+    without: dict[str, list[str]] = defaultdict(list)  # why, then figures
+    for figure, known in FIGURES.items():
         whys = [
             _unlike(figure, own, base, name) if can else ""
             for own, can in zip(results, paired, strict=True)
         ]
         for result, why in zip(results, whys, strict=True):
             if why:
-                told = f"{name}: {result.name} and {base.name} {why}"
-                comparison.notes.append(f"{told}: no differences of {FIGURES[figure].title}")
-        sampled = [{} if task is None else task.sampled.get(figure, {}) for task in tasks]
-        olds = {} if old is None else old.sampled.get(figure, {})
-        languages = sorted({code for own in sampled for code in own} - {MEAN})
-        if len(languages) > 1:
-            languages.insert(0, MEAN)
-        for code in languages:
-            values = [own[code].estimate() if code in own else NOTHING for own in sampled]
-            differences = [
-                _difference(figure, new, old, own.get(code), olds.get(code), code)
-                if can and not why
-                else NOTHING
-                for new, own, can, why in zip(tasks, sampled, paired, whys, strict=True)
-            ]
-            groups = min(own[code].groups for own in sampled if code in own)
-            line = Compared(name, figure, code, values, differences, groups)
-            comparison.lines.append(line)
+                without[f"{name}: {result.name} and {base.name} {why}"].append(known.title)
+        like = [can and not why for can, why in zip(paired, whys, strict=True)]
+        comparison.lines += _lines(name, figure, tasks, old, like)
+    comparison.notes += [
+        f"{why}: no differences of {', '.join(titles)}" for why, titles in without.items()
+    ]
+
+
+def _lines(
+    name: str,
+    figure: str,
+    tasks: Sequence[TaskResult | None],
+    old: TaskResult | None,
+    like: Sequence[bool],  # whether a task's figure and the old one's are of the same
+) -> list[Compared]:
+    """Of one figure: the mean, where there are several languages, and each language."""
+    sampled = [{} if task is None else task.sampled.get(figure, {}) for task in tasks]
+    olds = {} if old is None else old.sampled.get(figure, {})
+    languages = sorted({code for own in sampled for code in own} - {MEAN})
+    lines = []
+    for code in [MEAN, *languages] if len(languages) > 1 else languages:
+        values = [own[code].estimate() if code in own else NOTHING for own in sampled]
+        differences = [
+            difference(own[code], olds[code]) if same and code in own and code in olds else NOTHING
+            for own, same in zip(sampled, like, strict=True)
+        ]
+        groups = min(own[code].groups for own in sampled if code in own)
+        lines.append(Compared(name, figure, code, values, differences, groups))
+    return lines
 
 
 def _pair(new: TaskResult, old: TaskResult | None) -> bool:
@@ -161,7 +175,16 @@ def _why(task: str, name: str, base: str, new: TaskResult, old: TaskResult | Non
     if old is None:
         return f"{task}: {base} has no result that {name} could be compared with"
     if new.data["sha256"] != old.data["sha256"]:
-        return f"{task}: {name} and {base} are of different items: no paired differences"
+        told = f"{task}: {name} and {base} are of different items: no paired differences"
+        here, there = set(new.languages), set(old.languages)
+        if here == there:
+            return told
+        only = [
+            f"{who} has {', '.join(sorted(own))}"
+            for who, own in ((name, here - there), (base, there - here))
+            if own
+        ]
+        return f"{told}, and means over other languages ({'; '.join(only)} alone)"
     return f"{task}: {name} and {base} have other seeds or resamples: no paired differences"
 
 
@@ -175,29 +198,17 @@ def _unlike(figure: str, new: Result, old: Result, task: str) -> str:
     both = sizes[0].keys() & sizes[1].keys()
     if not both:
         return ""
+    if sizes[0].keys() != sizes[1].keys():  # nor would the draws be of the same rows
+        return f"measured it over other rows ({len(sizes[0])} and {len(sizes[1])})"
     for name in known.settings:
         if new.settings.get(name) != old.settings.get(name):
             return f"have other values of {name}"
     if any(sizes[0][row] != sizes[1][row] for row in both):
         return "cut the same rows differently (another tokenizer, or other lengths)"
+    left = [
+        {row["row"]: [row.get(cut, 0) for cut in known.cuts] for row in result.tasks[task].rows}
+        for result in (new, old)
+    ]
+    if any(left[0][row] != left[1][row] for row in both):
+        return f"cut prompts differently (a larger {PROMPT} cuts none)"
     return ""
-
-
-def _difference(
-    figure: str,
-    new: TaskResult | None,
-    old: TaskResult | None,
-    ours: Sampled | None,
-    theirs: Sampled | None,
-    language: str,
-) -> Estimate:
-    if new is None or old is None or ours is None or theirs is None:
-        return NOTHING
-    if _counted(new, figure, language) != _counted(old, figure, language):
-        return NOTHING  # other rows were generated, say
-    return difference(ours, theirs)
-
-
-def _counted(task: TaskResult, figure: str, language: str) -> list[int]:
-    counts = FIGURES[figure].counts
-    return [row["row"] for row in task.rows if counts(row) and language in (MEAN, row["language"])]

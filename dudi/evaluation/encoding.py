@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dudi.rows import Example, Reader, student_ids
+from dudi.rows import Example, Prompt, Reader, student_ids
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Encoder:
     def row(
         self, prompt: str, completion: str, *, chat: bool, ends: bool, example: Any = None
     ) -> dict[str, Any]:
-        """Also `text`, what the ids of the completion spell. `example`: a row as training reads
-        it, in place of prompt and completion."""
+        """Also `text`, what the ids of the completion spell, and `left_out`, how many tokens the
+        limits cut of what. `example`: a row as training reads it, in place of prompt and
+        completion."""
         own = Example.of(example) if example else _example(prompt, completion, self._chats(chat))
-        prompt_ids, whole = self._student(own)
+        asked, whole = self._student(own)
         if not ends:
             whole = whole[:-1]
         ids = whole[: self.max_completion_length]
@@ -52,34 +53,39 @@ class Encoder:
         text = completion
         if len(ids) < len(whole):
             text = self.student.tokenizer.decode(ids, skip_special_tokens=True)
-        plain = prompt_ids
+        plain = asked
+        left_out = {
+            "prompt_left_out": asked.left_out,
+            "completion_left_out": len(whole) - len(ids),
+        }
         if self.teacher is not None:
             seen = own if example else _example(prompt, completion, chat and self.teacher.chats)
             plain = self._teacher(self.teacher, seen)
+            left_out["teacher_prompt_left_out"] = plain.left_out
         return {
-            "prompt_ids": prompt_ids,
-            "plain_prompt_ids": plain,
+            "prompt_ids": asked.ids,
+            "plain_prompt_ids": plain.ids,
             "completion_ids": ids,
             "text": text,
+            "left_out": left_out,
         }
 
     def _chats(self, chat: bool) -> bool:
         return chat and self.student.chats
 
-    def _student(self, example: Example) -> tuple[list[int], list[int]]:
+    def _student(self, example: Example) -> tuple[Prompt, list[int]]:
         if example.prompt_messages is None and not example.prompt:
             eos = self.student.tokenizer.eos_token_id
             return _begin(self.student), [*self.student.ids(example.completion), eos]
-        prompt, completion = student_ids(self.student, example)
-        return prompt.ids, completion
+        return student_ids(self.student, example)
 
-    def _teacher(self, reader: Reader, example: Example) -> list[int]:
+    def _teacher(self, reader: Reader, example: Example) -> Prompt:
         messages = example.prompt_messages
         if messages is not None:
-            return reader.shortened(reader.chat_prompt(messages), messages).ids
+            return reader.shortened(reader.chat_prompt(messages), messages)
         if not example.prompt:
             return _begin(reader)
-        return reader.shortened(reader.text_prompt(example.prompt), None).ids
+        return reader.shortened(reader.text_prompt(example.prompt), None)
 
 
 def _example(prompt: str, completion: str, chat: bool) -> Example:
@@ -93,6 +99,6 @@ def _example(prompt: str, completion: str, chat: bool) -> Example:
     )
 
 
-def _begin(reader: Reader) -> list[int]:
+def _begin(reader: Reader) -> Prompt:
     bos = reader.tokenizer.bos_token_id
-    return [reader.tokenizer.eos_token_id if bos is None else bos]
+    return Prompt([reader.tokenizer.eos_token_id if bos is None else bos])

@@ -32,13 +32,16 @@ class Figure:
     value: Callable[[np.ndarray], np.ndarray]  # (B, S) -> (B,)
     size: Callable[[Row], float] = lambda row: 1  # what the row is of: its tokens, characters, ...
     settings: tuple[str, ...] = ()  # of an evaluation: with others the figure is of something else
+    cuts: tuple[str, ...] = ("prompt_left_out",)  # of rows (cuts.py): likewise
 
     def counts(self, row: Row) -> bool:
         """Whether a row has what the figure is made of."""
         return all(name in row for name in self.needs)
 
 
-def _ratio(top: str, bottom: str, *settings: str) -> dict[str, Any]:
+def _ratio(
+    top: str, bottom: str, *settings: str, cuts: tuple[str, ...] = ("prompt_left_out",)
+) -> dict[str, Any]:
     def value(sums: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
@@ -49,6 +52,7 @@ def _ratio(top: str, bottom: str, *settings: str) -> dict[str, Any]:
         "value": value,
         "size": lambda row: row[bottom],
         "settings": settings,
+        "cuts": cuts,
     }
 
 
@@ -77,13 +81,14 @@ def _chrf(sums: np.ndarray) -> np.ndarray:
 
 
 TEACHER, LENGTH = "teacher_model_name_or_path", "max_completion_length"
+BOTH = ("prompt_left_out", "teacher_prompt_left_out")
 
 FIGURES = {
     "nll_per_char": Figure("NLL / char", "nats", 3, "lower", **_ratio("nll", "chars")),
     "nll_per_byte": Figure("NLL / byte", "nats", 3, "lower", **_ratio("nll", "bytes")),
     "nll_per_token": Figure("NLL / token", "nats", 3, "lower", **_ratio("nll", "tokens")),
     "kl_to_teacher": Figure(
-        "KL to teacher", "nats a token", 3, "lower", **_ratio("kl", "taught", TEACHER)
+        "KL to teacher", "nats a token", 3, "lower", **_ratio("kl", "taught", TEACHER, cuts=BOTH)
     ),
     "ece_tokens": Figure("ECE, tokens", "0 to 1", 3, "lower", **_ece("token_bins")),
     "chrf++": Figure(
@@ -94,7 +99,7 @@ FIGURES = {
     ),
     "fidelity": Figure("fidelity", "share", 3, "higher", **_ratio("faithful", "judged", LENGTH)),
     "fidelity_of_references": Figure(
-        "fidelity of references", "share", 3, "", **_ratio("faithful_reference", "judged")
+        "fidelity of references", "share", 3, "", **_ratio("faithful_reference", "judged", cuts=())
     ),
     "accuracy": Figure("accuracy", "share", 3, "higher", **_ratio("correct", "questions")),
     "accuracy_by_bytes": Figure(

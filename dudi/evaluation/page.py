@@ -14,7 +14,7 @@ from dudi.callbacks import write_text
 from dudi.evaluation.bootstrap import MEAN, Estimate
 from dudi.evaluation.compare import Compared, Comparison
 from dudi.evaluation.figures import FIGURES
-from dudi.evaluation.tables import DASH, spelt, with_interval
+from dudi.evaluation.tables import DASH, cut_notes, spelt, with_interval
 from dudi.page import page
 from dudi.report_figures import labelled, language_name, ticks
 
@@ -76,7 +76,9 @@ def _cells(line: Compared, digits: int) -> list[Cell]:
         told, interval = "", ""
         if math.isfinite(change.value):
             low, high = (spelt(v, digits, True) for v in (change.low, change.high))
-            told = f"{spelt(change.value, digits, True)} ({low} to {high})"
+            told = spelt(change.value, digits, True)
+            if math.isfinite(change.low):
+                told += f" ({low} to {high})"
         if math.isfinite(value.low):
             interval = f"{spelt(value.low, digits)} to {spelt(value.high, digits)}"
         cells.append(Cell(spelt(value.value, digits), interval, told, verdict))
@@ -162,7 +164,8 @@ def render(comparison: Comparison) -> str:
 
 def _notes(comparison: Comparison, task: str) -> list[str]:
     own = [r.tasks[task].notes for r in comparison.results if task in r.tasks]
-    return list(dict.fromkeys(note for notes in own for note in notes))
+    notes = dict.fromkeys(note for notes in own for note in notes)
+    return [*cut_notes(comparison, task), *notes]
 
 
 def _skipped(comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from dudi.callbacks import checked_object, write_text
 from dudi.evaluation.bootstrap import MEAN, RESAMPLES, Estimate, Sampled, sampled
+from dudi.evaluation.cuts import counted, told
 from dudi.evaluation.figures import FIGURES
 
 FORMAT = 1
@@ -80,6 +81,10 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def cuts(self, task: str) -> list[str]:
+        """What the limits on tokens cut in a task, told; empty where they cut nothing."""
+        return told(self.tasks[task].rows, self.settings)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe: what could not be measured is None."""
         return {
@@ -127,6 +132,7 @@ def _task_dict(task: TaskResult) -> dict[str, Any]:
             name: {language: _safe(estimate) for language, estimate in own.items()}
             for name, own in task.figures.items()
         },
+        "cuts": counted(task.rows),
         "notes": task.notes,
         "bootstrap": {"seed": task.seed, "resamples": task.resamples},
         "samples": task.samples,

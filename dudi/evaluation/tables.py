@@ -1,18 +1,25 @@
-"""Results and comparisons in a terminal."""
+"""Results and comparisons in a terminal: columns that do not fit go into a further table, since a
+number that is wrapped or cropped can't be read."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from dudi.evaluation.bootstrap import MEAN, Estimate
 from dudi.evaluation.compare import Compared, Comparison
-from dudi.evaluation.figures import FIGURES
-from dudi.evaluation.result import Result, TaskResult
+from dudi.evaluation.figures import FIGURES, Figure
+from dudi.evaluation.result import NOTHING, Result, TaskResult
 
 DASH = "–"
+UNBOUNDED = 10_000  # columns
+WORDS, NAMES = 14, 24  # where titles and names of runs are broken
 COLOURS = {"better": "green", "worse": "red", "": "default"}
 
 
@@ -22,54 +29,91 @@ def spelt(value: float, digits: int, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
-def with_interval(estimate: Estimate, digits: int) -> str:
-    """1.451 [1.366, 1.540]"""
-    if not math.isfinite(estimate.value):
-        return DASH
-    low, high = (spelt(v, digits) for v in (estimate.low, estimate.high))
-    return f"{spelt(estimate.value, digits)} [{low}, {high}]"
+def with_interval(estimate: Estimate, digits: int, signed: bool = False) -> str:
+    """1.451 [1.366, 1.540]; without an interval, the value."""
+    value, low, high = (spelt(v, digits, signed) for v in estimate)
+    return value if DASH in (low, high) else f"{value} [{low}, {high}]"
 
 
-def task_table(task: TaskResult) -> Table:
-    """A line for each figure, a column for each language, the mean first."""
+def wrapped(text: str, width: int) -> str:
+    """On several lines, where it is longer; not as markup."""
+    return escape("\n".join(textwrap.wrap(text, width)))
+
+
+def _titled(figure: Figure) -> str:
+    return f"{wrapped(figure.title, WORDS)}\n[dim]{figure.unit}[/]"
+
+
+def tables(
+    title: str, names: Sequence[str], columns: Sequence[tuple[str, list[str]]], console: Console
+) -> list[Table]:
+    """Lines of `names` and columns (header, cells): as few tables as the console is wide for."""
+
+    def table(part: Sequence[tuple[str, list[str]]]) -> Table:
+        heads = (Column(head, justify="right", no_wrap=True) for head, _ in part)
+        own = Table(Column("", no_wrap=True), *heads, title=title)
+        for name, *cells in zip(names, *(cells for _, cells in part), strict=True):
+            own.add_row(name, *cells)
+        return own
+
+    def fits(part: Sequence[tuple[str, list[str]]]) -> bool:
+        unbounded = console.options.update_width(UNBOUNDED)
+        return Measurement.get(console, unbounded, table(part)).maximum <= console.width
+
+    parts: list[list[tuple[str, list[str]]]] = []
+    for column in columns:
+        if parts and fits([*parts[-1], column]):
+            parts[-1].append(column)
+        else:
+            parts.append([column])
+    return [table(part) for part in parts]
+
+
+def task_tables(task: TaskResult, console: Console) -> list[Table]:
+    """A line for each language, the mean first, a column for each figure."""
     languages = task.languages
     shown = [MEAN, *languages] if len(languages) > 1 else languages
-    columns = [Column(code, justify="right") for code in shown]
-    table = Table("", *columns, title=f"{task.name}: {len(task.rows)} rows")
+    columns = []
     for name, own in task.figures.items():
         figure = FIGURES[name]
-        cells = []
-        for code in shown:
-            estimate = own.get(code)
-            # the whole interval for the mean alone: eleven languages must fit a terminal
-            if estimate is None:
-                cells.append(DASH)
-            elif code == shown[0]:
-                cells.append(with_interval(estimate, figure.digits))
-            else:
-                cells.append(spelt(estimate.value, figure.digits))
-        table.add_row(f"{figure.title} [dim]{figure.unit}[/]", *cells)
-    return table
+        cells = [with_interval(own.get(code, NOTHING), figure.digits) for code in shown]
+        columns.append((_titled(figure), cells))
+    return tables(f"{task.name}: {len(task.rows)} rows", shown, columns, console)
 
 
 def show_result(result: Result, console: Console) -> None:
-    for task in result.tasks.values():
-        console.print(task_table(task))
+    for name, task in result.tasks.items():
+        for table in task_tables(task, console):
+            console.print(table)
+        if not task.figures:
+            _say(console, f"{name}:", "none of its metrics could be measured")
+        for sentence in result.cuts(name):
+            _say(console, f"{name}:", sentence)
         for note in task.notes:
-            console.print(f"[dim]{task.name}: {note}[/]", highlight=False, soft_wrap=True)
+            _say(console, f"{name}:", note, "dim")
+    _show_skipped(result, "", console)
+
+
+def _say(console: Console, start: str, text: str, style: str = "yellow") -> None:
+    console.print(f"[{style}]{escape(start)}[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _show_skipped(result: Result, start: str, console: Console) -> None:
     for name, reason in result.skipped.items():
-        console.print(f"[yellow]{name} was skipped:[/] {reason}", highlight=False, soft_wrap=True)
+        _say(console, f"{start}{name} was skipped:", reason)
 
 
-def comparison_table(comparison: Comparison, task: str) -> Table:
+def comparison_tables(comparison: Comparison, task: str, console: Console) -> list[Table]:
     """Means of a task (of one language, it alone): a line for each figure, a column a result."""
-    columns = [Column(name, justify="right") for name in comparison.names]
-    title = f"{task}, differences from {comparison.baseline}"
-    table = Table("", *columns, title=title if len(columns) > 1 else task)
-    for line in overall(comparison, task):
-        figure = FIGURES[line.figure]
-        table.add_row(f"{figure.title} [dim]{figure.unit}[/]", *_cells(line, figure.digits))
-    return table
+    lines = overall(comparison, task)
+    cells = [_cells(line, FIGURES[line.figure].digits) for line in lines]
+    columns = [
+        (wrapped(name, NAMES), list(own))
+        for name, own in zip(comparison.names, zip(*cells, strict=True), strict=True)
+    ]
+    several = len(columns) > 1
+    title = f"{task}, differences from {escape(comparison.baseline)}" if several else task
+    return tables(title, [_titled(FIGURES[line.figure]) for line in lines], columns, console)
 
 
 def overall(comparison: Comparison, task: str) -> list[Compared]:
@@ -84,22 +128,29 @@ def _cells(line: Compared, digits: int) -> list[str]:
     for value, change, verdict in zip(line.values, line.differences, line.verdicts, strict=True):
         text = spelt(value.value, digits)
         if math.isfinite(change.value):
-            low, high = (spelt(v, digits, True) for v in (change.low, change.high))
-            told = f"{spelt(change.value, digits, True)} ({low} to {high})"
-            text += f"\n[{COLOURS[verdict]}]{told}[/]"
+            text += f"\n[{COLOURS[verdict]}]{with_interval(change, digits, True)}[/]"
         cells.append(text)
     return cells
 
 
+def cut_notes(comparison: Comparison, task: str) -> list[str]:
+    """What the limits on tokens cut, of each run, named where there are several."""
+    several = len(comparison.results) > 1
+    return [
+        f"{result.name}: {sentence}" if several else sentence
+        for result in comparison.results
+        if task in result.tasks
+        for sentence in result.cuts(task)
+    ]
+
+
 def show_comparison(comparison: Comparison, console: Console) -> None:
     for task in comparison.tasks:
-        console.print(comparison_table(comparison, task))
+        for table in comparison_tables(comparison, task, console):
+            console.print(table)
+        for note in cut_notes(comparison, task):
+            _say(console, f"{task}:", note)
     for note in comparison.notes:
-        console.print(f"[yellow]{note}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
     for result in comparison.results:
-        for name, reason in result.skipped.items():
-            console.print(
-                f"[yellow]{result.name}: {name} was skipped:[/] {reason}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        _show_skipped(result, f"{result.name}: ", console)

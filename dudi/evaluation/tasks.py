@@ -26,6 +26,7 @@ from dudi.verbalize import normalise
 from dudi_kernels.plan import DEFAULT_BUDGET
 
 Progress = Callable[[str, int, int], None]  # task, rows done, rows to do
+LIKELIHOODS = {"nll", "kl", "calibration"}  # metrics of given texts
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,28 @@ def _evaluate(
         return result
     chosen = _first(items, run.generate_rows) if task.writes else []
     rows = _encoded(run.encoder, task, items)
+    for values, row in zip(result.rows, rows, strict=True):
+        values.update(_left_out(run, task, row))
     check_ids(run.scorer, rows, task.name)
     _score(run, task, rows, result, start(0, len(items) + len(chosen)))
     tell = start(len(items), len(items) + len(chosen))
     _write(run, task, items, rows, chosen, result, tell)
     return result
+
+
+def _left_out(run: _Run, task: Task, row: Mapping[str, Any]) -> dict[str, int]:
+    """How many tokens the limits cut of what the task's figures are made of."""
+    found = dict(row["left_out"])
+    if LIKELIHOODS.isdisjoint(task.metrics):
+        del found["completion_left_out"]  # generations are compared with the whole reference
+    if not _asks(run, task):
+        found.pop("teacher_prompt_left_out", None)
+    return found
+
+
+def _asks(run: _Run, task: Task) -> bool:
+    """Whether the teacher is asked."""
+    return "kl" in task.metrics and run.scorer.teacher is not None
 
 
 def _labels(items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -244,10 +262,10 @@ def _score(
     tell: Callable[[int], None],
 ) -> None:
     wanted: set[str] = set(task.metrics)
-    if wanted.isdisjoint({"nll", "kl", "calibration"}):
+    if wanted.isdisjoint(LIKELIHOODS):
         tell(len(rows))
         return
-    asks = "kl" in wanted and run.scorer.teacher is not None
+    asks = _asks(run, task)
     scorer = run.scorer if asks else _alone(run.scorer)
     for part in batches(rows, run.batch_size, tell):
         scores = scorer.score([rows[i] for i in part], "calibration" in wanted)
@@ -296,14 +314,15 @@ def _write(
 ) -> None:
     if not chosen:
         return
-    texts = write(
+    written = write(
         run.model, run.tokenizer, [rows[i] for i in chosen], run.scorer.pad, run.batch_size,
         run.max_completion_length, tell,
     )  # fmt: skip
     judge = judges([item.language for item in items]) if "fidelity" in task.metrics else {}
-    for i, text in zip(chosen, texts, strict=True):
+    for i, (text, ended) in zip(chosen, written, strict=True):
         item = items[i]
-        result.rows[i].update(written_values(item, text, task.metrics, judge))
+        own = written_values(item, text, task.metrics, judge)
+        result.rows[i].update(own | {"unended": int(not ended)})
         result.samples.append(
             {
                 "language": item.language,

@@ -21,9 +21,9 @@ def write(
     batch_size: int,
     max_length: int,
     tell: Callable[[int], None],
-) -> list[str]:
-    """A greedy generation for each row's prompt, in the rows' order."""
-    texts = [""] * len(rows)
+) -> list[tuple[str, bool]]:
+    """A greedy generation for each row's prompt, in the rows' order, and whether it has an end."""
+    texts = [("", False)] * len(rows)
     for part in batches(rows, batch_size, tell):
         rollout = generate(
             model,
@@ -33,8 +33,11 @@ def write(
             pad_token_id=pad,
             temperature=0.0,
         )
-        for i, completion in zip(part, rollout.completions, strict=True):
-            texts[i] = tokenizer.decode(completion, skip_special_tokens=True)
+        own = zip(part, rollout.completions, rollout.finish_reasons, strict=True)
+        for i, completion, reason in own:
+            text = tokenizer.decode(completion, skip_special_tokens=True)
+            ended = reason == "eos"
+            texts[i] = (text if ended else text.rstrip("\ufffd"), ended)  # cut within a character
     return texts
 
 
