@@ -27,7 +27,7 @@ from dudi.ablation.methods import method, methods
 from dudi.ablation.own import _state
 from dudi.ablation.report import BEGIN, END
 from dudi.ablation.results import at, rate_told
-from dudi.ablation.statistics import difference, estimate, t_quantile, values_of
+from dudi.ablation.statistics import difference, estimate, values_of
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
 from dudi.trainer import DuDiTrainer
@@ -222,11 +222,6 @@ def test_intervals_cover() -> None:
         found = estimate(values_of("nll_per_char", by_seed)["mean"])
         hits += abs(found.value) <= found.half
     assert hits >= 184
-
-
-@pytest.mark.parametrize(("freedom", "want"), [(1, 12.706), (2, 4.303), (5, 2.571), (100, 1.984)])
-def test_quantiles_of_t(freedom: int, want: float) -> None:
-    assert t_quantile(0.95, freedom) == pytest.approx(want, abs=2e-3)
 
 
 def test_a_curve_is_read_between_its_points_and_not_beyond() -> None:

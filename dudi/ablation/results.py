@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from dudi.ablation.cell import SELECTED_BY
 from dudi.ablation.grid import START, Cell, Grid, Measured
-from dudi.ablation.statistics import Estimate, Values, difference, estimate, values_of
+from dudi.ablation.statistics import Values, difference, estimate, values_of
 from dudi.evaluation.bootstrap import MEAN
 from dudi.evaluation.figures import FIGURES
-from dudi.report_figures import POINTS
+from dudi.intervals import Mean, or_none, spelt
+from dudi.report_figures import DASH, POINTS
 from dudi.verbalize import LANGUAGE_NAMES
 
-DASH = "–"
 CHOSEN = ("nll_per_char", "kl_to_teacher", "chrf++", "length_ratio")
 COMPARED = ("nll_per_char", "kl_to_teacher", "chrf++")
 BASES = ("dudi", "sft")
@@ -141,7 +140,7 @@ class Results:
 
     def compared(
         self, setting: str, name: str, base: str, domain: str, figure: str, language: str = MEAN
-    ) -> Estimate | None:
+    ) -> Mean | None:
         """Method - base, paired by seed and row; None where one was not measured."""
         found = self.base(setting, base)
         if found is None or found == (setting, name):
@@ -173,28 +172,22 @@ def _told(values: Values) -> dict[str, Any]:
     return {**_safe(estimate(values)), "by_seed": values.by_seed}
 
 
-def _safe(found: Estimate) -> dict[str, Any]:
-    half = found.half if math.isfinite(found.half) else None
-    value = found.value if math.isfinite(found.value) else None
-    return {"value": value, "half": half, "seeds": found.seeds}
+def _safe(found: Mean) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "value": or_none(found.value),
+        "half": or_none(found.half),
+        "seeds": len(found.runs),
+    }
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def spelt(found: Estimate | None, digits: int, signed: bool = False) -> str:
-    """1.850 ± 0.004; an en dash for what was not measured; ± ? for one seed."""
-    if found is None or not math.isfinite(found.value):
-        return DASH
-    half = f"{found.half:.{digits}f}" if math.isfinite(found.half) else "?"
-    value = f"{found.value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-    return f"{value} ± {half}"
-
-
-def marked(found: Estimate | None, digits: int, better: str) -> str:
+def marked(found: Mean | None, digits: int, better: str) -> str:
     """Bold where the interval leaves 0 out, with what that means."""
     text = spelt(found, digits, signed=True)
-    if found is None or not math.isfinite(found.half) or not found.clear or not better:
+    if found is None or not found.clear or not better:
         return text
     good = (found.value < 0) == (better == "lower")
     return f"**{text}** {'better' if good else 'worse'}"
