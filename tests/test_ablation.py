@@ -21,12 +21,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dudi.ablation import cell as cells
+from dudi.ablation.cell import SELECTED_BY
 from dudi.ablation.command import Run, run_ablation
 from dudi.ablation.grid import Cell, Measured, cells_of, read_grid, resolved, selected, steps_of
 from dudi.ablation.methods import method, methods
 from dudi.ablation.own import _state
-from dudi.ablation.report import BEGIN, END
-from dudi.ablation.results import at, rate_told
+from dudi.ablation.report import BEGIN, END, charts, drawn, html
+from dudi.ablation.results import Results, at, rate_told
 from dudi.ablation.statistics import difference, estimate, values_of
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
@@ -375,6 +376,7 @@ def test_the_standard_grid_pairs_what_it_compares() -> None:
         ({"data": {"train": ROWS, "validation": ROWS}}, "students.base must have model_name"),
         ({"teachers": {"smollm2": {"model_name_or_path": "x"}}}, "names of their own, got smollm2"),
         ({"methods": {"dudi": {"like": "sft", "options": {}}}}, "names of their own, got dudi"),
+        ({"methods": {"m": {"like": "dudi", "title": "SFT", "options": {}}}}, "'SFT' twice"),
         ({"methods": {"mine": {"like": "dudy", "options": {}}}}, "did you mean 'dudi'"),
         ({"methods": {"mine": {"like": "dudi", "options": {"ce_weigth": 1}}}}, "'ce_weight'"),
         (
@@ -430,6 +432,18 @@ def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:
     grid = read_grid("configs/ablation.yaml")
     told = [rate_told(grid, Measured(rate, 1.0)) for rate in (3e-5, 2e-3, 6e-3)]
     assert told == ["3e-05 (the lowest tried)", "0.002", "0.006 (the highest tried)"]
+
+
+def test_a_method_has_one_colour_in_all_charts() -> None:
+    grid = read_grid("configs/ablation.yaml")
+    point = {"seconds": 1.0, SELECTED_BY: 2.0}
+    run = {"curve": [point, point | {"seconds": 2.0}], "environment": {"device": "cpu"}}
+    cells = [Cell("main", m, 0) for m in ("sft", "gkd", "dudi", "spin")]
+    cells += [Cell("small_student", m, 0) for m in ("gkd", "dudi")]
+    results = Results(grid, dict.fromkeys(cells, run))
+    assert drawn(results) == ["sft", "gkd", "dudi", "spin"]
+    text = html([], charts(results), [results.title(m) for m in drawn(results)], "")
+    assert text.count('class="c2" points') == 2 and text.count('class="c0" points') == 1
 
 
 def test_only() -> None:

@@ -75,11 +75,16 @@ class Variant(BaseModel):
 
 
 def with_variants(variants: Mapping[str, Variant]) -> dict[str, Method]:
-    """All methods and these; a variant may not have the name of a method."""
+    """All methods and these, of different names and titles."""
     taken = sorted(methods().keys() & variants.keys())
     if taken:
         raise ValueError(f"methods must have names of their own, got {', '.join(taken)}")
-    return methods() | {name: own.method(name) for name, own in variants.items()}
+    found = methods() | {name: own.method(name) for name, own in variants.items()}
+    titles = [own.title for own in found.values()]
+    twice = next((title for title in titles if titles.count(title) > 1), None)
+    if twice is not None:
+        raise ValueError(f"methods must have titles of their own, got {twice!r} twice")
+    return found
 
 
 def _check_options(place: str, options: Mapping[str, Any]) -> None:
