@@ -32,7 +32,7 @@ class Size(NamedTuple):
     longest: int  # tokens of a sample
 
 
-SIZE, ALL = Size(256, 6, 16_384, 16, 8, 64), Size(256, 6, 16_384, 48, 16, 128)
+SIZE, ALL = Size(256, 6, 16_384, 12, 4, 32), Size(256, 6, 16_384, 48, 16, 128)
 QUICK = Size(32, 1, 300, 4, 2, 6)
 
 
