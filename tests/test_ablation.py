@@ -21,17 +21,30 @@ from rich.console import Console
 from torch import Tensor
 
 from dudi.ablation import cell as cells
-from dudi.ablation.cell import SELECTED_BY
-from dudi.ablation.command import Run, run_ablation
-from dudi.ablation.grid import Cell, Measured, cells_of, read_grid, resolved, selected, steps_of
+from dudi.ablation.cell import SELECTED_BY, done_result
+from dudi.ablation.command import Run, parts_of, run_ablation
+from dudi.ablation.grid import (
+    Cell,
+    Grid,
+    Measured,
+    cells_of,
+    read_grid,
+    resolved,
+    selected,
+    steps_of,
+)
 from dudi.ablation.methods import method, methods
 from dudi.ablation.own import _state
 from dudi.ablation.report import BEGIN, END, charts, drawn, html
-from dudi.ablation.results import Results, at, rate_told
+from dudi.ablation.results import Results, at, rate_told, tables
+from dudi.ablation.shared import map_part, responses_part, train_rows
 from dudi.ablation.statistics import difference, estimate, values_of
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
+from dudi.demo_data import data_path, translation_rows
+from dudi.evaluation.tasks import evaluate_tasks as evaluate
 from dudi.trainer import DuDiTrainer
+from dudi_kernels import Verbalizer
 
 STEPS, AT = 8, 4  # of a run, and where the formulas are looked at
 QUIET = Console(quiet=True)
@@ -232,6 +245,8 @@ def test_a_curve_is_read_between_its_points_and_not_beyond() -> None:
 
 # ---- the grid ------------------------------------------------------------------------------------
 
+TASK = "name: mine\nsource: {file: data.jsonl}\nexamples: true\n"
+
 TINY: dict[str, Any] = {
     "seeds": [0, 1],
     "train_rows": 40,
@@ -262,12 +277,29 @@ TINY: dict[str, Any] = {
 
 
 ROWS = {"dataset_name": "rows.jsonl"}
+RATES = {"learning_rates": [1e-3], "seed": 9, "setting": "main"}
+EQUAL = TINY["settings"]["main"] | {
+    "steps": None,
+    "seconds_of": "dudi",
+    "like": "main",
+    "batch": 4,
+}
 
 
 def write_grid(folder: Path, **changes: Any) -> Path:
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(TINY | changes), encoding="utf-8")
     return path
+
+
+def own_inputs(names: dict[str, str]) -> dict[str, Any]:
+    """Of a grid: models and rows of tiny.write_inputs."""
+    rows = {"dataset_name": names["dataset_name"]}
+    return {
+        "students": {"base": {"model_name_or_path": names["model_name_or_path"]}},
+        "teachers": {"mine": {"model_name_or_path": names["teacher_model_name_or_path"]}},
+        "data": {"train": rows, "validation": rows | {"split": "train[:8]"}},
+    }
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -373,11 +405,36 @@ def test_the_standard_grid_pairs_what_it_compares() -> None:
         ({"tune": {"learning_rates": [1e-3], "seed": 0, "setting": "main"}}, "tune.seed"),
         ({"students": {"base": {"model_name_or_path": "x", "hidden_size": 8}}}, "no hidden_size"),
         ({"warm_up": None}, "warm_up must be given: students.base is new"),
-        ({"data": {"train": ROWS, "validation": ROWS}}, "students.base must have model_name"),
+        ({"data": {"train": ROWS, "validation": ROWS}}, "different rows, got twice 'rows.jsonl'"),
+        (
+            {"data": {"train": ROWS, "validation": ROWS | {"split": "test"}}},
+            "students.base must have model_name",
+        ),
+        ({"teachers": {"t": {"model_name_or_path": "x", "dtype": "bf16"}}}, "teachers.t.dtype"),
+        ({"methods": {"start": {"like": "sft", "options": {}}}}, "names of their own, got start"),
+        ({"methods": {"a-b": {"like": "sft", "options": {}}}}, "digits, _ and ., got 'a-b'"),
+        (
+            {"methods": {"m": {"like": "sft", "options": {"learning_rate": 1e-4}}}},
+            "methods.m.options must leave learning_rate to the grid, got 0.0001",
+        ),
+        (
+            {"methods": {"m": {"like": "sft", "options": {}, "tuned_as": "dudy"}}},
+            "methods.m.tuned_as must be one of .* did you mean 'dudi'",
+        ),
+        ({"training": TINY["training"] | {"max_steps": 9}}, "training must leave max_steps to"),
+        ({"training": TINY["training"] | {"ce_weight": 0.2}}, "training must leave ce_weight to"),
+        ({"training": TINY["training"] | {"warmup_step": 3}}, "training: .*'warmup_steps'"),
+        (
+            {"tune": RATES, "settings": {"main": TINY["settings"]["main"], "b": EQUAL}},
+            "settings.b.batch must be that of main, None, got 4",
+        ),
         ({"teachers": {"smollm2": {"model_name_or_path": "x"}}}, "names of their own, got smollm2"),
         ({"methods": {"dudi": {"like": "sft", "options": {}}}}, "names of their own, got dudi"),
         ({"methods": {"m": {"like": "dudi", "title": "SFT", "options": {}}}}, "'SFT' twice"),
-        ({"methods": {"mine": {"like": "dudy", "options": {}}}}, "did you mean 'dudi'"),
+        (
+            {"methods": {"mine": {"like": "dudy", "options": {}}}},
+            r"yaml: methods.mine.like must be one of .* did you mean 'dudi'",
+        ),
         ({"methods": {"mine": {"like": "dudi", "options": {"ce_weigth": 1}}}}, "'ce_weight'"),
         (
             {"methods": {"mine": {"like": "dudi", "options": {"ce_weight": "a"}}}},
@@ -394,38 +451,164 @@ def test_what_is_no_grid_is_told(changes: dict[str, Any], told: str, tmp_path: P
 def test_cells_know_the_user_s_own_files(tmp_path: Path) -> None:
     """A file of another size or time is another cell; what has none is as it was."""
     names = tiny.write_inputs(tmp_path)
-    rows = {"dataset_name": names["dataset_name"]}
+    (tmp_path / "task.yaml").write_text(TASK, encoding="utf-8")
+    (tmp_path / "lexicon.tsv").write_text("", encoding="utf-8")
     config = write_grid(
         tmp_path,
-        students={"base": {"model_name_or_path": names["model_name_or_path"]}},
-        teachers={"mine": {"model_name_or_path": names["teacher_model_name_or_path"]}},
-        data={"train": rows, "validation": rows},
+        **own_inputs(names),
+        tune=RATES,
+        training=TINY["training"] | {"lexicon": str(tmp_path / "lexicon.tsv")},
+        domains={"mine": {"task": str(tmp_path / "task.yaml"), "metrics": ["nll"]}},
         methods={"mild": {"like": "dudi", "options": {"ce_weight": 0.5}, "tuned_as": "dudi"}},
         settings={"main": TINY["settings"]["main"] | {"teacher": "mine", "methods": ["mild"]}},
     )
 
-    def content() -> dict[str, Any]:
+    def content(trial: float | None = None) -> dict[str, Any]:
         _state.cache_clear()
-        return resolved(read_grid(config), Cell("main", "mild", 0), {})
+        cell = Cell("main", "mild", 0, trial)
+        return resolved(read_grid(config), cell, {"dudi": Measured(1e-3, 1.0)})
 
-    first = content()
+    first, trial = content(), content(1e-3)
     assert first["options"]["ce_weight"] == 0.5 and first["options"]["off_policy_weight"] == 1
-    assert first["files"].keys() == set(names.values())
-    weights = tmp_path / "teacher" / "model.safetensors"
-    os.utime(weights, ns=(1, 1))
-    assert content() != first
+    tested = {str(tmp_path / name) for name in ("task.yaml", "data.jsonl")}
+    assert first["files"].keys() == {*names.values(), *tested, str(tmp_path / "lexicon.tsv")}
+    os.utime(tmp_path / "task.yaml", ns=(1, 1))  # what is tested is no part of trials,
+    second = content()
+    assert second != first and content(1e-3) == trial
+    assert (
+        responses_part(tmp_path, second).path == responses_part(tmp_path, first).path
+    )  # nor responses
+    os.utime(tmp_path / "teacher" / "model.safetensors", ns=(1, 1))
+    third = content()
+    assert third != second and content(1e-3) != trial
+    assert responses_part(tmp_path, third).path != responses_part(tmp_path, first).path
+    os.utime(tmp_path / "lexicon.tsv", ns=(1, 1))
+    assert content() != third
     standard = resolved(read_grid("configs/ablation-small.yaml"), Cell("main", "sft", 0), {})
     assert not {"files", "own_teacher", "data_of"} & standard.keys()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"teachers": {"mine": {"model_name_or_path": "./nothing"}}},
+            "teachers.mine.model_name_or_path './nothing'",
+        ),
+        ({"domains": {"mine": {"task": "task.yaml", "metrics": ["nll"]}}}, "'data.jsonl'"),
+        (
+            {"domains": {"ui": {"task": "translation-choice", "metrics": ["nll"]}}},
+            "domains.ui: metrics of a task with choices must be of accuracy",
+        ),
+    ],
+)
 def test_what_is_not_there_is_told_before_anything_is_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    changes: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    config = write_grid(tmp_path, teachers={"mine": {"model_name_or_path": "./nothing"}})
-    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    Path("task.yaml").write_text(TASK, encoding="utf-8")
+    config, out = write_grid(tmp_path, **changes), tmp_path / "out"
     assert main(["ablate", "--config", str(config), "--output_dir", str(out)]) == 2
-    assert "teachers.mine.model_name_or_path './nothing'" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert not list(out.glob("*"))
+
+
+def test_a_cell_reads_the_user_s_own_data_as_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversations without a language, no option but the template's and what makes a batch."""
+    names = tiny.write_inputs(tmp_path) | {"teacher_model_name_or_path": str(data_path("teacher"))}
+    rows = [{"messages": r["prompt"] + r["completion"]} for r in translation_rows("train")[:12]]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "data.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(TASK, encoding="utf-8")
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    template = {"chat_template_kwargs": {"enable_thinking": False}}
+    grid = read_grid(
+        write_grid(
+            tmp_path,
+            **own_inputs(names),
+            training=batch | template | {"max_completion_length": 40, "learning_rate": 1e-3},
+            evaluation={"validation_rows": 4, "validations": 5, "generate_rows": 0},
+            domains={"mine": {"task": str(tmp_path / "task.yaml"), "metrics": ["nll", "kl"]}},
+            settings={"main": TINY["settings"]["main"] | {"teacher": "mine", "kl": True}},
+        )
+    )
+    run = Run(grid, tmp_path / "out", 1, QUIET)
+    dpo, dudi = (run.job(Cell("main", name, 0), {}) for name in ("dpo", "dudi"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for parts in parts_of(dpo.folder, [dpo]):
+        for part in parts:
+            part()
+    with pytest.raises(ValueError, match="steps must be at most 1 for dpo"):
+        cells.run_cell(dpo)  # 2 steps of 4 batches of 2; there are 12 rows
+
+    asked = []
+    monkeypatch.setattr(
+        cells, "evaluate_tasks", lambda *a, **k: asked.append(k) or evaluate(*a, **k)
+    )
+    cells.run_cell(dudi)
+    result = done_result(dudi)
+    assert result is not None and [p["step"] for p in result["curve"]] == [1, 2]
+    assert {name for row in result["domains"]["mine"]["rows"] for name in row} >= {"nll", "kl"}
+    read = [(k["max_prompt_length"], k["chat_template_kwargs"]) for k in asked]
+    assert read == [(512, {"enable_thinking": False})] * 3  # two validations and the test
+
+
+def test_languages_of_the_user_s_own_rows_are_those_of_tasks(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    rows = [row | {"language": "TH", "source": "wiki"}, row | {"language": "en"}, row]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"train": {"dataset_name": str(path)}}
+    kept = train_rows({"data_of": data, "languages": ["th"], "train_rows": None})
+    assert [row["language"] for row in kept] == ["TH"]
+
+
+def test_the_map_of_equal_texts_has_the_heads_sizes(tmp_path: Path) -> None:
+    """Which most models pad beyond their tokenizers."""
+    for name, size in (("student", tiny.VOCAB + 64), ("teacher", tiny.VOCAB + 128)):
+        tiny.model(vocab=size).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    cell = {
+        "teacher": "mine",
+        "own_teacher": {"model_name_or_path": str(tmp_path / "teacher"), "dtype": "auto"},
+        "student": {"model_name_or_path": str(tmp_path / "student")},
+    }
+    part = map_part(tmp_path, cell)
+    part()
+    found = Verbalizer.load(part.path, tiny.tokenizer(), tiny.tokenizer())
+    assert (found.teacher_size, found.student_size) == (tiny.VOCAB + 128, tiny.VOCAB + 64)
+
+
+def test_accuracy_stands_in_the_report() -> None:
+    domains = {"choice": {"task": "translation-choice", "metrics": ["accuracy"]}}
+    grid = Grid.model_validate(TINY | {"domains": domains})
+    done = {
+        Cell("main", name, seed): {
+            "domains": {
+                "choice": {
+                    "rows": [
+                        {"language": "th", "group": str(i), "correct": i < right, "questions": 1}
+                        for i in range(8)
+                    ]
+                }
+            },
+            "environment": {"device": "cpu"},
+            "curve": [],
+            "steps": 1,
+            "seconds": 1.0,
+        }
+        for name, right in (("sft", 4), ("dudi", 6))
+        for seed in (0, 1)
+    }
+    found = {table.title: table for table in tables(Results(grid, done), {})}
+    assert found["Means"].head[-1] == "choice: accuracy ↑"
+    assert found["Differences to SFT"].lines[0][-1].startswith("+0.250")
 
 
 def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:

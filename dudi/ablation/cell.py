@@ -8,6 +8,7 @@ The result has every test row's additive values (dudi.evaluation), which all sta
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -48,9 +49,11 @@ from dudi.evaluation.task import Rows, Source, Task, load_task
 from dudi.evaluation.tasks import evaluate_tasks
 from dudi.models import load_model, load_tokenizer
 from dudi.run import build_trainer, console_style, environment, quiet_libraries
+from dudi.trainer import DuDiTrainer
 
 SELECTED_BY = "nll_per_char"  # on the validation split
 TESTED_PROMPT = 512  # tokens, where training has no limit
+VALIDATED_TOKENS = 128  # of a validation row's response, at least
 TESTED_TOKENS = 64  # of a test row's reference or generation, at least; longer ones are cut
 SAMPLES = 3  # generations a language that are kept to be looked at
 
@@ -104,10 +107,20 @@ def run_cell(job: Job) -> None:
     write_text(result_path(job.folder, job.name), text)
 
 
-def loaded(name: str, dtype: Any, argument: str) -> Any:
-    """A model to be asked, where it runs best."""
+def loaded(name: str, dtype: Any, argument: str, device: Any = None) -> Any:
+    """A model to be asked; without a device, where it runs best."""
     model = load_model(name, {"dtype": dtype}, argument).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def reading(options: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """How rows are read where a cell is validated and tested: as in training. `tokens` of a
+    response, at least."""
+    return {
+        "max_prompt_length": options.get("max_prompt_length", TESTED_PROMPT),
+        "max_completion_length": max(tokens, options.get("max_completion_length") or 0),
+        "chat_template_kwargs": options.get("chat_template_kwargs"),
+    }
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -120,9 +133,9 @@ class Clock(TrainerCallback):
         self.job, self.tokenizer = job, tokenizer
         plan, steps = job.cell["evaluation"], job.cell["steps"]
         self.task = validation_task(job)
-        self.batch = plan["batch"]
+        self.batch, self.reading = plan["batch"], reading(job.cell["options"], VALIDATED_TOKENS)
         count = 1 if job.cell["trial"] is not None else plan["validations"]
-        self.due = {round(steps * (i + 1) / count) for i in range(count)}
+        self.due = {max(1, round(steps * (i + 1) / count)) for i in range(count)}
         self.seconds = self.wall = 0.0
         self.curve: list[dict[str, float]] = []
         self._began = (0.0, 0.0)
@@ -146,7 +159,12 @@ class Clock(TrainerCallback):
 
     def validate(self, model: Any, step: int) -> None:
         found = evaluate_tasks(
-            model, self.tokenizer, [self.task], resamples=1, batch_size=self.batch
+            model,
+            self.tokenizer,
+            [self.task],
+            resamples=1,
+            batch_size=self.batch,
+            **self.reading,
         )
         values = _values(found.tasks[self.task.name], [SELECTED_BY])
         value = values[SELECTED_BY][MEAN]
@@ -204,10 +222,9 @@ def _trained(job: Job, clock: Clock) -> Any:
     """The student after its steps; what the trainer logged goes to logs/."""
     work = job.folder / "work" / job.name
     shutil.rmtree(work, ignore_errors=True)
-    rows = _training_rows(job)
-    _check_epoch(job, len(rows))
     script, config = from_options(options_of(job, work))
-    trainer = build_trainer(script, config, Dataset.from_list(rows))
+    trainer = build_trainer(script, config, Dataset.from_list(_training_rows(job)))
+    _check_epoch(job, trainer)
     console_style(trainer, Console(quiet=True), job.name)
     trainer.add_callback(clock)
     work.mkdir(parents=True, exist_ok=True)
@@ -219,9 +236,10 @@ def _trained(job: Job, clock: Clock) -> Any:
     return trainer.model
 
 
-def _check_epoch(job: Job, rows: int) -> None:
+def _check_epoch(job: Job, trainer: DuDiTrainer) -> None:
     """A method that draws all its samples at the start would draw again in a second epoch."""
-    batch = job.cell["options"]["per_device_train_batch_size"]
+    args, rows = trainer.args, len(trainer.train_dataset)
+    batch = args.train_batch_size * args.gradient_accumulation_steps
     if job.one_epoch and job.cell["steps"] * batch > rows:
         raise ValueError(
             f"steps must be at most {rows // batch} for {job.cell['method']} (one epoch), got "
@@ -234,8 +252,7 @@ def _training_rows(job: Job) -> list[dict[str, Any]]:
     if cell["data"] == "given":
         return train_rows(cell)
     rows = read_jsonl(responses_part(job.folder, cell).path)
-    kept = ("prompt", "completion", "language")
-    return [{name: row[name] for name in kept if name in row} for row in rows]
+    return [{name: v for name, v in row.items() if name != "provenance"} for row in rows]
 
 
 # ---- testing -------------------------------------------------------------------------------------
@@ -247,9 +264,11 @@ def tested(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
     if not cell["domains"]:
         return {"domains": {}, "skipped": {}}
     teacher, bridge = None, None
-    if cell["kl"]:
-        at = teacher_at(job.folder, cell)
-        teacher = loaded(at.path, at.dtype if torch.cuda.is_available() else "float32", "teacher")
+    if cell["kl"] and any("kl" in domain["metrics"] for domain in cell["domains"].values()):
+        gc.collect()  # the trainer, with a teacher of its own
+        at, device = teacher_at(job.folder, cell), next(model.parameters()).device
+        dtype = "float32" if device.type == "cpu" else at.dtype
+        teacher = loaded(at.path, dtype, "teacher", device)
         bridge = build_bridge(model, teacher, tokenizer, None, MapSettings())
     found = evaluate_tasks(
         model,
@@ -261,8 +280,7 @@ def tested(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
         resamples=1,
         batch_size=plan["batch"],
         generate_rows=plan["generate_rows"],
-        max_prompt_length=cell["options"].get("max_prompt_length", TESTED_PROMPT),
-        max_completion_length=max(TESTED_TOKENS, cell["options"].get("max_completion_length") or 0),
+        **reading(cell["options"], TESTED_TOKENS),
     )
     domains = {name: _kept(task) for name, task in found.tasks.items()}
     return {"domains": domains, "skipped": found.skipped}

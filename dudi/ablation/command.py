@@ -81,7 +81,8 @@ def run_ablation(
         return folder
     if not report:
         quiet_libraries()
-        check_there(grid.students, grid.teachers, grid.data)
+        tasks = {name: domain.of_task(name) for name, domain in grid.domains.items()}
+        check_there(grid.students, grid.teachers, grid.data, tasks)
         folder.mkdir(parents=True, exist_ok=True)
         run.everything(wanted)
     done = run.done(cells_of(grid))

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dudi.ablation.methods import Method, Variant, with_variants
+from dudi.ablation.methods import (
+    GIVEN,
+    OFF,
+    SAME_TEXT,
+    START,
+    Method,
+    Variant,
+    check_options,
+    with_variants,
+)
 from dudi.ablation.own import Data, OwnTeacher, check_student, existing, states
 from dudi.config import nearest, read_config_file
-from dudi.evaluation.task import Metric, builtin_tasks, load_task
+from dudi.evaluation.task import Metric, Task, builtin_tasks, load_task
 
 FORMAT = 1  # raise it where the same configuration gives another result
-START = "start"  # the warm start itself, which every method begins from
 TEACHERS = ("embedded", "smollm2")  # built in
 STRINGS = "translation"  # the task of the embedded strings
+FILE_NAME = re.compile(r"\w[\w.]*")  # of a part of one: no hyphen, which is between parts
+FILES = ("lexicon", "teacher_cache", "vocabulary_verbalizer")  # options that may name one
 
 
 class _Strict(BaseModel):
@@ -60,6 +71,14 @@ class Domain(_Strict):
     limit: int | None = Field(None, gt=0)  # rows a language
     split: Literal["test", "validation"] = "test"  # of the embedded strings
 
+    def of_task(self, name: str) -> Task:
+        """Raises ValueError for no task, and for metrics that it has not."""
+        given = load_task(self.task).model_dump() | {"metrics": self.metrics}
+        try:
+            return Task.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(f"domains.{name}: {_told(error)}") from None
+
 
 class Setting(_Strict):
     title: str
@@ -69,7 +88,7 @@ class Setting(_Strict):
     steps: int | None = Field(None, gt=0)
     seconds_of: str | None = None  # or: the seconds of this method in the setting `like`
     like: str | None = None
-    languages: list[str] | None = None  # of source and target; None is all
+    languages: list[str] | None = None  # of source and target, or of `data`'s responses; None: all
     batch: int | None = Field(None, gt=0)
     kl: bool = True  # whether KL to the teacher is measured on the test split
 
@@ -143,7 +162,21 @@ class Grid(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _options(self) -> Grid:
+        check_options("training", self.training, (*GIVEN, *OFF))
+        for name, own in self.methods.items():
+            if own.tuned_as is not None:
+                _among(f"methods.{name}.tuned_as", own.tuned_as, self.known)
+        return self
+
+    @model_validator(mode="after")
     def _names(self) -> Grid:
+        for name in (*self.settings, *self.methods):
+            if FILE_NAME.fullmatch(name) is None:
+                raise ValueError(
+                    "settings and methods must have names of letters, digits, _ and ., got "
+                    f"{name!r}"
+                )
         for name, setting in self.settings.items():
             _among(f"settings.{name}.student", setting.student, self.students)
             _among(f"settings.{name}.teacher", setting.teacher, (*TEACHERS, *self.teachers))
@@ -153,8 +186,7 @@ class Grid(_Strict):
                 _among(f"settings.{name}.seconds_of", setting.seconds_of, self.known)
             if setting.like is not None:
                 _among(f"settings.{name}.like", setting.like, self.settings)
-                if self.settings[setting.like].steps is None:
-                    raise ValueError(f"settings.{name}.like must name a setting with steps")
+                self._check_like(name, setting, self.settings[setting.like])
         if self.tune is not None:
             _among("tune.setting", self.tune.setting, self.settings)
             if self.tune.seed in self.seeds:
@@ -164,6 +196,23 @@ class Grid(_Strict):
         elif "learning_rate" not in self.training:
             raise ValueError("training.learning_rate must be given where there is no tune")
         return self
+
+    def _check_like(self, name: str, setting: Setting, like: Setting) -> None:
+        """Seconds a step are those of the trials, and differences are to what is alike."""
+        if like.steps is None:
+            raise ValueError(f"settings.{name}.like must name a setting with steps")
+        for field in ("student", "teacher", "languages", "batch"):
+            own, theirs = getattr(setting, field), getattr(like, field)
+            if own != theirs:
+                raise ValueError(
+                    f"settings.{name}.{field} must be that of {setting.like}, {theirs!r}, got "
+                    f"{own!r}"
+                )
+        if self.tune is not None and setting.like != self.tune.setting:
+            raise ValueError(
+                f"settings.{name}.like must be tune.setting, where seconds a step are measured, "
+                f"{self.tune.setting!r}, got {setting.like!r}"
+            )
 
 
 def _among(place: str, name: str, known: Any) -> None:
@@ -178,11 +227,16 @@ def read_grid(path: str | Path) -> Grid:
     try:
         return Grid.model_validate(read_config_file(path))
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors(include_url=False)
-        ]
-        raise ValueError(f"{path}: {'; '.join(faults)}") from None
+        raise ValueError(f"{path}: {_told(error)}") from None
+
+
+def _told(error: ValidationError) -> str:
+    """Each fault with its place; those of the whole grid name theirs."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        place, told = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        faults.append(f"{place}: {told}" if place else told)
+    return "; ".join(faults)
 
 
 class Cell(NamedTuple):
@@ -267,6 +321,7 @@ def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str,
         training["per_device_train_batch_size"] = setting.batch
     rate = learning_rate_of(grid, cell, measured)
     options = {} if own is None else {"learning_rate": rate, "max_steps": steps}
+    options = training | ({} if own is None else own.resolved(steps)) | options
     return {
         "format": FORMAT,
         **cell._asdict(),
@@ -278,12 +333,12 @@ def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str,
         "train_rows": grid.train_rows,
         "kl": setting.kl and cell.trial is None,
         "data": "given" if own is None else own.data,
-        "options": training | ({} if own is None else own.resolved(steps)) | options,
+        "options": options,
         "evaluation": grid.evaluation.model_dump(),
         "domains": {}
         if cell.trial is not None
         else {name: _of_domain(domain) for name, domain in grid.domains.items()},
-        **_of_own(grid, setting),
+        **_of_own(grid, cell, options),
     }
 
 
@@ -291,10 +346,13 @@ def _of_domain(domain: Domain) -> dict[str, Any]:
     return domain.model_dump(exclude={"split"} if domain.split == "test" else None)
 
 
-def _of_own(grid: Grid, setting: Setting) -> dict[str, Any]:
+def _of_own(grid: Grid, cell: Cell, options: dict[str, Any]) -> dict[str, Any]:
     """What of a cell's result is decided by the user's own models and files."""
-    found: dict[str, Any] = {}
-    names = [file for domain in grid.domains.values() for file in _files_of(domain.task)]
+    setting, found = grid.settings[cell.setting], dict[str, Any]()
+    files = [options.get(name) for name in FILES]
+    names = [file for file in files if isinstance(file, str) and file != SAME_TEXT]
+    if cell.trial is None:  # a trial sees no test
+        names += [file for domain in grid.domains.values() for file in _files_of(domain.task)]
     if (student := existing(grid.students[setting.student])) is not None:
         names.append(student)
     if (teacher := grid.teachers.get(setting.teacher)) is not None:
@@ -311,7 +369,8 @@ def _files_of(task: str) -> list[str]:
     """Of a task that is not built in: itself, and what it reads."""
     if task in builtin_tasks():
         return []
-    read = load_task(task).source.file
+    source = load_task(task).source
+    read = source.file or source.dataset  # a dataset may lie in a folder here
     return [task] if read is None else [task, read]
 
 

@@ -8,7 +8,7 @@ What a method leaves unsaid is off: signals have weight 0, the teacher reads the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,7 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from dudi.config import WEIGHTS, DuDiConfig, ScriptArguments, checked, field_types, nearest
 from dudi.demo_data import data_path
 
+# What a cell gives the trainer by itself; the rest of a method or of `training` is anybody's.
+GIVEN = (
+    "model_name_or_path", "model_config", "tokenizer_name_or_path", "teacher_model_name_or_path",
+    "teacher_model_init_kwargs", "teacher_tokenizer_name_or_path", "dataset_name", "dataset_config",
+    "dataset_train_split", "dataset_test_name", "dataset_test_split", "output_dir", "seed",
+    "max_steps", "num_train_epochs", "resume", "overwrite",
+)  # fmt: skip
 OFF: dict[str, Any] = dict.fromkeys(WEIGHTS, 0.0) | {"context_verbalizer": False}
+START = "start"  # the warm start itself, which every method begins from
 OF_STEPS = re.compile(r"steps(?: / (\d+))?")
 SAME_TEXT = "same_text"  # of vocabulary_verbalizer: only tokens of the very same bytes
 
@@ -61,8 +69,8 @@ class Variant(BaseModel):
 
     def method(self, name: str) -> Method:
         """Raises ValueError where `like` is no method, or an option none of `dudi train`'s."""
-        base = method(self.like)
-        _check_options(f"methods.{name}.options", self.options)
+        base = method(self.like, f"methods.{name}.like")
+        check_options(f"methods.{name}.options", self.options, (*GIVEN, "learning_rate"))
         told = ", ".join(f"{option} {value}" for option, value in self.options.items())
         update = {
             "title": self.title or name,
@@ -76,7 +84,7 @@ class Variant(BaseModel):
 
 def with_variants(variants: Mapping[str, Variant]) -> dict[str, Method]:
     """All methods and these, of different names and titles."""
-    taken = sorted(methods().keys() & variants.keys())
+    taken = sorted({START, *methods()} & variants.keys())
     if taken:
         raise ValueError(f"methods must have names of their own, got {', '.join(taken)}")
     found = methods() | {name: own.method(name) for name, own in variants.items()}
@@ -87,7 +95,12 @@ def with_variants(variants: Mapping[str, Variant]) -> dict[str, Method]:
     return found
 
 
-def _check_options(place: str, options: Mapping[str, Any]) -> None:
+def check_options(place: str, options: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Raises ValueError for what is no option of `dudi train`, and for one that would be given
+    another value."""
+    for name in options:
+        if name in given:
+            raise ValueError(f"{place} must leave {name} to the grid, got {options[name]!r}")
     known = field_types(ScriptArguments) | field_types(DuDiConfig)
     try:
         checked({name: _of_steps(value, 1) for name, value in options.items()}, known)
@@ -109,11 +122,11 @@ def methods() -> dict[str, Method]:
     return {name: Method.model_validate(own) for name, own in content.items()}
 
 
-def method(name: str) -> Method:
+def method(name: str, place: str = "method") -> Method:
     """Raises ValueError for a name of none."""
     known = methods()
     if name not in known:
         raise ValueError(
-            f"method must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+            f"{place} must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
         )
     return known[name]

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from dudi.data import load_data
 from dudi.demo_data import data_path
+from dudi.evaluation.items import task_items
+from dudi.evaluation.sources import Absent
+from dudi.evaluation.task import Task
 from dudi.models import load_model_config, load_tokenizer
 
 MODEL = "model_name_or_path"
@@ -28,7 +31,7 @@ class _Strict(BaseModel):
 
 class OwnTeacher(_Strict):
     model_name_or_path: str
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 class Rows(_Strict):
@@ -47,6 +50,15 @@ class Data(_Strict):
 
     train: Rows
     validation: Rows
+
+    @model_validator(mode="after")
+    def _apart(self) -> Data:
+        if self.train == self.validation:
+            raise ValueError(
+                "train and validation must be different rows, got twice "
+                f"{self.train.dataset_name!r}, split {self.train.split!r}"
+            )
+        return self
 
 
 def existing(student: Mapping[str, Any]) -> str | None:
@@ -69,6 +81,7 @@ def check_there(
     students: Mapping[str, Mapping[str, Any]],
     teachers: Mapping[str, OwnTeacher],
     data: Data | None,
+    tasks: Mapping[str, Task],  # by the domain's name
 ) -> None:
     """Raises what loading raises, before anything is trained; no weight is read."""
     models = {f"students.{name}": existing(own) for name, own in students.items()}
@@ -79,6 +92,13 @@ def check_there(
             load_tokenizer(path, f"{place}.{MODEL}")
     for rows in () if data is None else (data.train, data.validation):
         rows.load()
+    for name, task in tasks.items():
+        if task.source.builtin is not None:
+            continue
+        try:
+            task_items(task)
+        except (Absent, FileNotFoundError, ValueError) as error:
+            raise ValueError(f"domains.{name}: {error}") from error
 
 
 def states(names: Iterable[str]) -> dict[str, list[list[Any]]]:

@@ -15,8 +15,8 @@ from dudi.intervals import Mean, or_none, spelt
 from dudi.report_figures import DASH, POINTS
 from dudi.verbalize import LANGUAGE_NAMES
 
-CHOSEN = ("nll_per_char", "kl_to_teacher", "chrf++", "length_ratio")
-COMPARED = ("nll_per_char", "kl_to_teacher", "chrf++")
+COMPARED = ("nll_per_char", "kl_to_teacher", "chrf++", "fidelity", "accuracy")
+CHOSEN = (*COMPARED, "length_ratio", "ece_tokens", "ece_choices")
 BASES = ("dudi", "sft")
 POINTS_SHOWN = (0.25, 0.5, 1.0)  # of the seconds of the slowest method's run
 

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,10 @@ from dudi.callbacks import write_text
 from dudi.config import from_options
 from dudi.demo_data import data_path, translation_rows
 from dudi.evaluation.sources import ui_strings
-from dudi.models import load_tokenizer
+from dudi.models import load_model_config, load_tokenizer
 from dudi.respond import Sampling, run_responding
 from dudi.run import build_trainer, console_style
+from dudi.verbalize import normalise
 from dudi_kernels import Verbalizer
 from dudi_kernels.vocabulary.token_bytes import read
 
@@ -39,8 +40,8 @@ QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "evaluate":
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
 OTHER_ORDER = 10_000  # a run must not begin with the rows that its warm start began with
 DATA = ("languages", "train_rows")
-OWN = ("own_teacher", "data_of", "files")
 LENGTHS = ("max_prompt_length", "max_completion_length")
+READING = ("max_teacher_prompt_length", "chat_template_kwargs", "overlong", "bad_rows")
 OPTIMIZER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2")
 
 
@@ -120,7 +121,8 @@ def train_rows(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of the train split, in the cell's languages; with a limit, the same drawn ones for all."""
     own, languages, limit = cell.get("data_of"), cell["languages"], cell["train_rows"]
     rows = translation_rows("train") if own is None else list(Rows(**own["train"]).load())
-    rows = rows if languages is None else [r for r in rows if _within(r, languages)]
+    kept = _within if own is None else _answers_in
+    rows = rows if languages is None else [r for r in rows if kept(r, languages)]
     if not rows:
         raise ValueError(f"no row to train on is in {', '.join(languages or [])}")
     return rows if limit is None or limit >= len(rows) else random.Random(0).sample(rows, limit)
@@ -129,6 +131,11 @@ def train_rows(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _within(row: Mapping[str, Any], languages: list[str]) -> bool:
     """Of a translation, from and into these."""
     return row.get("language") in languages and row.get("source", languages[0]) in languages
+
+
+def _answers_in(row: Mapping[str, Any], languages: list[str]) -> bool:
+    """As tasks choose rows (evaluation/items.py), whatever else a user's row says."""
+    return normalise(row.get("language") or "") in {normalise(code) for code in languages}
 
 
 def items_part(folder: Path, split: str, languages: list[str] | None) -> Part:
@@ -201,15 +208,25 @@ def _warm_up(settings: dict[str, Any], rows: Mapping[str, Any], path: Path) -> N
 
 def responses_part(folder: Path, cell: Mapping[str, Any]) -> Part:
     """The teacher's greedy responses to the training prompts, as the student reads them."""
-    lengths = {name: cell["options"][name] for name in LENGTHS}
-    decided = {"teacher": cell["teacher"], **{n: cell[n] for n in DATA}, **lengths}
-    decided |= {name: cell[name] for name in OWN if name in cell}
-    path = folder / "shared" / f"responses-{hash_of(decided)}.jsonl"
-    return Part(path, partial(_respond, folder, dict(cell), lengths, path))
+    options = {n: cell["options"][n] for n in (*LENGTHS, *READING) if n in cell["options"]}
+    decided = {"teacher": cell["teacher"], **{n: cell[n] for n in DATA}, **options}
+    names = [teacher_at(folder, cell).path]
+    if (data := cell.get("data_of")) is not None:
+        decided["data_of"] = data["train"]
+        names.append(data["train"]["dataset_name"])
+    path = folder / "shared" / f"responses-{hash_of(decided | _own(cell, names))}.jsonl"
+    return Part(path, partial(_respond, folder, dict(cell), options, path))
+
+
+def _own(cell: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Of the user's own, what decides a part: the teacher, and the state of the files it reads."""
+    found = {"own_teacher": cell["own_teacher"]} if "own_teacher" in cell else {}
+    files = {name: state for name, state in cell.get("files", {}).items() if name in names}
+    return found | ({"files": files} if files else {})
 
 
 def _respond(
-    folder: Path, cell: Mapping[str, Any], lengths: dict[str, int], final: Path, path: Path
+    folder: Path, cell: Mapping[str, Any], options: dict[str, Any], final: Path, path: Path
 ) -> None:
     """`dudi respond`, whose own parts outlive a kill: its output has a name that stays."""
     prompts = final.with_name(f"prompts-{final.name}")
@@ -224,7 +241,7 @@ def _respond(
             "dataset_name": str(prompts),
             "output_dir": "none is written",
             "context_verbalizer": False,
-            **lengths,
+            **options,
         }
     )
     if not written.exists():
@@ -243,18 +260,28 @@ def _respond(
 def map_part(folder: Path, cell: Mapping[str, Any]) -> Part:
     """Only tokens of the very same bytes are partners; the rest of both sides is left out."""
     teacher, student = teacher_at(folder, cell).path, tokenizer_of(cell["student"])
-    own = {name: cell[name] for name in OWN if name in cell}
+    own = _own(cell, [teacher, student])
     told = f"-{hash_of([own, student])}" if own or existing(cell["student"]) else ""
     path = folder / "shared" / f"{SAME_TEXT}-{cell['teacher']}{told}.safetensors"
-    return Part(path, partial(_write_map, teacher, student))
+    return Part(path, partial(_write_map, teacher, student, existing(cell["student"])))
 
 
-def _write_map(teacher: str, student: str, path: Path) -> None:
-    same_text_map(teacher, student).save(path)
+def _write_map(teacher: str, student: str, model: str | None, path: Path) -> None:
+    sizes = _head_size(teacher), model and _head_size(model)
+    same_text_map(teacher, student, *sizes).save(path)
 
 
-def same_text_map(teacher: str, student: str) -> Verbalizer:
-    """Replaces: {t: s for t, s in product(U, V) if decode([t]) == decode([s])}, and the ends."""
+def _head_size(model: str) -> int:
+    return load_model_config(model, {}, "model_name_or_path").get_text_config().vocab_size
+
+
+def same_text_map(
+    teacher: str, student: str, teacher_size: int | None = None, student_size: int | None = None
+) -> Verbalizer:
+    """Replaces: {t: s for t, s in product(U, V) if decode([t]) == decode([s])}, and the ends.
+
+    Sizes are those of the heads, which may have other rows than the tokenizers have tokens.
+    """
     tokenizers = (load_tokenizer(teacher, "teacher"), load_tokenizer(student, "student"))
     theirs, own = (read(tokenizer) for tokenizer in tokenizers)
     first: dict[bytes, int] = {}
@@ -263,12 +290,14 @@ def same_text_map(teacher: str, student: str) -> Verbalizer:
             first.setdefault(text, i)
     pairs = [(i, first[text]) for i, text in enumerate(theirs.bytes) if text in first]
     pairs.append((theirs.roles["eos"], own.roles["eos"]))
+    most = teacher_size or len(theirs.bytes), student_size or len(own.bytes)
+    pairs = [(t, s) for t, s in pairs if t < most[0] and s < most[1]]
     ids, students = (list(part) for part in zip(*pairs, strict=True))
     return Verbalizer.from_coo(
         ids,
         students,
         [1.0] * len(ids),
-        teacher_size=len(theirs.bytes),
-        student_size=len(own.bytes),
+        teacher_size=most[0],
+        student_size=most[1],
         unmatched="renormalize",
     )
