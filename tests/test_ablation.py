@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -528,18 +529,19 @@ def test_a_cell_reads_the_user_s_own_data_as_training_does(
     (tmp_path / "task.yaml").write_text(TASK, encoding="utf-8")
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     template = {"chat_template_kwargs": {"enable_thinking": False}}
-    grid = read_grid(
-        write_grid(
-            tmp_path,
-            **own_inputs(names),
-            training=batch | template | {"max_completion_length": 40, "learning_rate": 1e-3},
-            evaluation={"validation_rows": 4, "validations": 5, "generate_rows": 0},
-            domains={"mine": {"task": str(tmp_path / "task.yaml"), "metrics": ["nll", "kl"]}},
-            settings={"main": TINY["settings"]["main"] | {"teacher": "mine", "kl": True}},
-        )
+    setting = TINY["settings"]["main"] | {"teacher": "mine", "kl": True, "methods": "all"}
+    config = write_grid(
+        tmp_path,
+        **own_inputs(names),
+        training=batch | template | {"max_completion_length": 40, "learning_rate": 1e-3},
+        evaluation={"validation_rows": 4, "validations": 5, "generate_rows": 0},
+        domains={"mine": {"task": str(tmp_path / "task.yaml"), "metrics": ["nll", "kl"]}},
+        settings={"main": setting},
     )
-    run = Run(grid, tmp_path / "out", 1, QUIET)
-    dpo, dudi = (run.job(Cell("main", name, 0), {}) for name in ("dpo", "dudi"))
+    with pytest.raises(ValueError, match="must have the column language for dudi, whose"):
+        run_ablation(config, tmp_path / "out", only="method=dudi,method=sft", console=QUIET)
+    run = Run(read_grid(config), tmp_path / "out", 1, QUIET)
+    dpo, dudi = (run.job(Cell("main", name, 0), {}) for name in ("dpo", "no_context"))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for parts in parts_of(dpo.folder, [dpo]):
         for part in parts:
@@ -551,7 +553,15 @@ def test_a_cell_reads_the_user_s_own_data_as_training_does(
     monkeypatch.setattr(
         cells, "evaluate_tasks", lambda *a, **k: asked.append(k) or evaluate(*a, **k)
     )
+    load, trainers = cells.loaded, []
+
+    def loaded(*args: Any) -> Any:
+        trainers.append(sum(type(each) is DuDiTrainer for each in gc.get_objects()))
+        return load(*args)
+
+    monkeypatch.setattr(cells, "loaded", loaded)
     cells.run_cell(dudi)
+    assert trainers == [0]  # which would hold the teacher twice
     result = done_result(dudi)
     assert result is not None and [p["step"] for p in result["curve"]] == [1, 2]
     assert {name for row in result["domains"]["mine"]["rows"] for name in row} >= {"nll", "kl"}
@@ -599,7 +609,7 @@ def test_accuracy_stands_in_the_report() -> None:
                 }
             },
             "environment": {"device": "cpu"},
-            "curve": [],
+            "curve": [{"seconds": 1.0, SELECTED_BY: 2.0}],
             "steps": 1,
             "seconds": 1.0,
         }

@@ -82,7 +82,9 @@ def run_ablation(
     if not report:
         quiet_libraries()
         tasks = {name: domain.of_task(name) for name, domain in grid.domains.items()}
-        check_there(grid.students, grid.teachers, grid.data, tasks)
+        trained = {cell.method for cell in wanted} - {START}
+        reading = {m for m in trained if grid.method(m).options.get("context_verbalizer")}
+        check_there(grid.students, grid.teachers, grid.data, tasks, reading)
         folder.mkdir(parents=True, exist_ok=True)
         run.everything(wanted)
     done = run.done(cells_of(grid))

@@ -7,7 +7,7 @@ cells are trained again where one has changed; of the Hub's, the name is all tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,7 @@ def check_there(
     teachers: Mapping[str, OwnTeacher],
     data: Data | None,
     tasks: Mapping[str, Task],  # by the domain's name
+    verbalizing: Collection[str],  # methods with the context verbalizer
 ) -> None:
     """Raises what loading raises, before anything is trained; no weight is read."""
     models = {f"students.{name}": existing(own) for name, own in students.items()}
@@ -90,8 +91,9 @@ def check_there(
         if path is not None:
             load_model_config(path, {}, f"{place}.{MODEL}")
             load_tokenizer(path, f"{place}.{MODEL}")
-    for rows in () if data is None else (data.train, data.validation):
-        rows.load()
+    if data is not None:
+        _check_language(data.train.load().column_names, verbalizing)
+        data.validation.load()
     for name, task in tasks.items():
         if task.source.builtin is not None:
             continue
@@ -99,6 +101,15 @@ def check_there(
             task_items(task)
         except (Absent, FileNotFoundError, ValueError) as error:
             raise ValueError(f"domains.{name}: {error}") from error
+
+
+def _check_language(columns: list[str], verbalizing: Collection[str]) -> None:
+    if verbalizing and "language" not in columns:
+        raise ValueError(
+            f"data.train must have the column language for {', '.join(sorted(verbalizing))}, whose "
+            f"context verbalizer writes in it; it has {', '.join(columns)}. Without one take "
+            "no_context, or a method like it"
+        )
 
 
 def states(names: Iterable[str]) -> dict[str, list[list[Any]]]:
