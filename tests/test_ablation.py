@@ -23,11 +23,21 @@ from torch import Tensor
 from dudi.ablation import cell as cells
 from dudi.ablation.cell import SELECTED_BY
 from dudi.ablation.command import Run, run_ablation
-from dudi.ablation.grid import Cell, Measured, cells_of, read_grid, resolved, selected, steps_of
+from dudi.ablation.grid import (
+    Cell,
+    Measured,
+    cells_of,
+    near_trials_of,
+    read_grid,
+    resolved,
+    selected,
+    steps_of,
+    trials_of,
+)
 from dudi.ablation.methods import method, methods
 from dudi.ablation.own import _state
-from dudi.ablation.report import BEGIN, END, charts, drawn, html
-from dudi.ablation.results import Results, at, rate_told
+from dudi.ablation.report import BEGIN, END, charts, drawn, html, markdown
+from dudi.ablation.results import Results, Table, at, rate_told
 from dudi.ablation.statistics import difference, estimate, values_of
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
@@ -343,8 +353,28 @@ def test_equal_seconds_become_steps() -> None:
     long = Cell("equal_seconds", "sft", 0)
     assert steps_of(grid, long, measured) == 1000
     assert resolved(grid, long, measured)["options"]["learning_rate"] == 1e-3
-    context = resolved(grid, Cell("main", "no_context", 0), measured)
-    assert context["options"]["learning_rate"] == 3e-4
+
+
+def test_ablations_try_the_rates_next_to_dudi_s() -> None:
+    """But the one that the setting of the trials has not, which takes DuDi's."""
+    grid = read_grid("configs/ablation.yaml")
+    measured = {"dudi": Measured(2e-3, 1.0)}
+    wanted = [Cell("main", "no_context", 0), Cell("other_tokenizer", "no_vocabulary", 0)]
+    assert {c.method for c in trials_of(grid, wanted)} == {"dudi"}
+    tried = near_trials_of(grid, wanted, measured)
+    assert [(c.method, c.trial) for c in tried] == [("no_context", r) for r in (5e-4, 2e-3, 6e-3)]
+    end = near_trials_of(grid, wanted, {"dudi": Measured(6e-3, 1.0)})
+    assert [c.trial for c in end] == [2e-3, 6e-3] and near_trials_of(grid, wanted, {}) == []
+    with pytest.raises(KeyError):
+        resolved(grid, wanted[0], measured)
+    own = measured | {"no_context": Measured(5e-4, 1.0)}
+    rates = [resolved(grid, cell, own)["options"]["learning_rate"] for cell in wanted]
+    assert rates == [5e-4, 2e-3]
+
+
+def test_pipes_do_not_cut_a_table() -> None:
+    table = Table("", "t", "", ["a"], [["x || y"]])
+    assert r"| x \|\| y |" in markdown(read_grid("configs/ablation.yaml"), {}, [table])
 
 
 def test_the_standard_grid_pairs_what_it_compares() -> None:
