@@ -57,6 +57,7 @@ def test_tables_of_a_dozen_languages(width: int) -> None:
             told = with_interval(estimate, FIGURES[name].digits)
             assert any(f" {told} " in line and f" {code} " in line for line in lines), (name, code)
     assert text.count("┏") <= 3  # tables
+    assert "95 % intervals over rows, not over seeds of training" in lines[-1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
