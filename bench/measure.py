@@ -36,8 +36,10 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def seconds(function: Callable[[], None], cuda: bool) -> float:
-    """Of one call; on a GPU between two events in its stream."""
+def seconds(
+    function: Callable[[], None], cuda: bool, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Of one call; on a GPU between two events in its stream, else by the clock."""
     if cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()  # nothing else is under way
@@ -46,16 +48,24 @@ def seconds(function: Callable[[], None], cuda: bool) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
+    started = clock()
     function()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 class Turns:
-    """Functions that are timed one after the other, round by round."""
+    """Functions that are timed one after the other, round by round.
 
-    def __init__(self, steps: Mapping[str, Callable[[], None]], cuda: bool):
-        self.steps, self.cuda = dict(steps), cuda
+    clock: `time.process_time` counts the CPU's seconds, of all threads, whoever else is busy.
+    """
+
+    def __init__(
+        self,
+        steps: Mapping[str, Callable[[], None]],
+        cuda: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.steps, self.cuda, self.clock = dict(steps), cuda, clock
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
 
     def warm_up(self) -> dict[str, str]:
@@ -73,7 +83,7 @@ class Turns:
 
     def take(self, *names: str) -> None:
         for name in names:
-            self.seconds[name].append(seconds(self.steps[name], self.cuda))
+            self.seconds[name].append(seconds(self.steps[name], self.cuda, self.clock))
 
 
 def summary(own: Sequence[float], floor: Sequence[float]) -> Timing:

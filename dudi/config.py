@@ -169,7 +169,7 @@ class DuDiConfig(TrainingArguments):
         None, f"One of {', '.join(DIVERGENCES)}; by default what beta says, else forward_kl."
     )
     on_policy_divergence: str | None = _field(
-        None, "The same for the samples; by default what beta says, else reverse_kl."
+        None, "The same for the samples; by default what beta says, else forward_kl."
     )
     beta: float | None = _field(
         None,
@@ -457,7 +457,7 @@ class DuDiConfig(TrainingArguments):
     def kd_divergences(self) -> tuple[str, str, float]:
         """Names of the off- and on-policy divergences and the beta of a jsd."""
         off = self.off_policy_divergence or self._from_beta("forward_kl")
-        on = self.on_policy_divergence or self._from_beta("reverse_kl")
+        on = self.on_policy_divergence or self._from_beta("forward_kl")
         return off, on, 0.5 if self.beta is None else self.beta
 
     def _from_beta(self, default: str) -> str:

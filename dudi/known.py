@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dudi.bridge import Bridge
-    from dudi.config import DuDiConfig
-    from dudi.signals import Packed
-    from dudi_kernels import LMHead, TopKTeacher
+from dudi.config import DuDiConfig
+from dudi.packed import Packed
+from dudi_kernels import LMHead, TopKTeacher
 
 # of a `KnownTop`: what it can't be asked for, and the value that asks for nothing
 NEUTRAL = {
@@ -89,8 +87,11 @@ def sequences(packed: Packed) -> Iterator[Sequence]:
             yield Sequence(whole[:start], whole[start:])
 
 
-def check_known(teacher: KnownTop, bridge: Bridge, args: DuDiConfig, size: int) -> None:
-    """Raise ValueError for what can't be had of a teacher's likeliest tokens."""
+def check_known(teacher: KnownTop, mapped: bool, args: DuDiConfig, size: int) -> None:
+    """Raise ValueError for what can't be had of a teacher's likeliest tokens.
+
+    mapped: whether anything lies between its tokens and the student's, whose head has `size` rows.
+    """
     for name, wanted in NEUTRAL.items():
         if getattr(args, name) != wanted:
             raise ValueError(
@@ -103,7 +104,7 @@ def check_known(teacher: KnownTop, bridge: Bridge, args: DuDiConfig, size: int) 
         )
     if args.preference_weight > 0 and args.reference == "teacher":
         raise ValueError(f"reference must not be 'teacher' with {teacher.what}: use initial")
-    if bridge.pairing is not None or bridge.verbalizer is not None:
+    if mapped:
         raise ValueError(
             f"{teacher.what} must have the student's tokenizer, and there must be no lexicon or "
             "other map of the vocabularies: its likeliest tokens are compared as they are"

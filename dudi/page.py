@@ -1,4 +1,4 @@
-"""Pages: data/*.html.j2, each one file without scripts or requests."""
+"""Pages: data/*.html.j2, each one file without scripts or requests, around data/page.css."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dudi.endpoint import Server, ServerError
 from dudi.known import Answers, KnownTop
-from dudi.signals import Packed
+from dudi.packed import Packed
 from dudi.teacher_cache import About, Entry, asked_of
 from dudi_kernels import TopKTeacher
 from dudi_kernels.topk import SLACK

@@ -10,39 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dudi.known import KnownStates, KnownTeacher
+from dudi.packed import Group, Packed
 from dudi_kernels import LMHead
-
-
-class Group(NamedTuple):
-    """Sequences of like length, right-padded for one forward pass."""
-
-    input_ids: Tensor  # (B, T) prompt, response, padding
-    attention_mask: Tensor  # (B, T)
-    row_mask: Tensor  # (B, T) True where the hidden state predicts a response token
-
-
-class Packed(NamedTuple):
-    """Sequences in groups, and their response rows in the order of the sequences."""
-
-    groups: tuple[Group, ...]
-    order: Tensor  # (N,) place of each row among the rows of the groups, one after another
-    targets: Tensor  # (N,) the response tokens, sequence by sequence
-    segment_ids: Tensor  # (N,) which sequence a row belongs to
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(int(group.attention_mask.sum()) for group in self.groups)
-
-    def to(self, device: torch.device | str | None) -> Packed:
-        groups = tuple(Group(*(t.to(device) for t in group)) for group in self.groups)
-        return Packed(groups, *(t.to(device) for t in self[1:]))
-
 
 COMPILED = "_dudi_compiled"  # attribute of a body
 PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of rounding

@@ -379,7 +379,8 @@ def signal_options(args: DuDiConfig) -> dict[str, Any]:
 def check_signals(student: Any, teacher: Any, bridge: Bridge, args: DuDiConfig) -> None:
     """Raise what the loss would say in the first step, from a batch without rows."""
     if isinstance(teacher, KnownTop):
-        return check_known(teacher, bridge, args, vocab_size(student))
+        mapped = bridge.pairing is not None or bridge.verbalizer is not None
+        return check_known(teacher, mapped, args, vocab_size(student))
     scored = args.preference_weight > 0 and args.reference == "teacher"
     if scored and (bridge.pairing is not None or bridge.maps_tokens):
         raise ValueError(

@@ -21,12 +21,14 @@ from rich.console import Console
 from torch import Tensor
 
 from dudi.ablation import cell as cells
+from dudi.ablation.cell import SELECTED_BY
 from dudi.ablation.command import Run, run_ablation
 from dudi.ablation.grid import Cell, Measured, cells_of, read_grid, resolved, selected, steps_of
 from dudi.ablation.methods import method, methods
-from dudi.ablation.report import BEGIN, END
-from dudi.ablation.results import at, rate_told
-from dudi.ablation.statistics import difference, estimate, t_quantile, values_of
+from dudi.ablation.own import _state
+from dudi.ablation.report import BEGIN, END, charts, drawn, html
+from dudi.ablation.results import Results, at, rate_told
+from dudi.ablation.statistics import difference, estimate, values_of
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
 from dudi.trainer import DuDiTrainer
@@ -77,7 +79,7 @@ def off(s: Seen) -> Tensor:
 
 
 def on(s: Seen) -> Tensor:
-    return 0.5 * s.mean("minus", lambda lp, lq: kl(lq, lp))
+    return s.mean("minus", kl)
 
 
 def skew(side: str, s: Seen) -> Tensor:
@@ -223,11 +225,6 @@ def test_intervals_cover() -> None:
     assert hits >= 184
 
 
-@pytest.mark.parametrize(("freedom", "want"), [(1, 12.706), (2, 4.303), (5, 2.571), (100, 1.984)])
-def test_quantiles_of_t(freedom: int, want: float) -> None:
-    assert t_quantile(0.95, freedom) == pytest.approx(want, abs=2e-3)
-
-
 def test_a_curve_is_read_between_its_points_and_not_beyond() -> None:
     points = ([0.0, 10.0, 20.0], [2.0, 1.0, 0.5])
     assert at(points, 5.0) == "1.500" and at(points, 20.0) == "0.500" and at(points, 21.0) == "–"
@@ -262,6 +259,9 @@ TINY: dict[str, Any] = {
         }
     },
 }
+
+
+ROWS = {"dataset_name": "rows.jsonl"}
 
 
 def write_grid(folder: Path, **changes: Any) -> Path:
@@ -371,6 +371,19 @@ def test_the_standard_grid_pairs_what_it_compares() -> None:
         ({"settings": {"a": TINY["settings"]["main"] | {"seconds_of": "dudi"}}}, "one of steps"),
         ({"training": {}}, "learning_rate"),
         ({"tune": {"learning_rates": [1e-3], "seed": 0, "setting": "main"}}, "tune.seed"),
+        ({"students": {"base": {"model_name_or_path": "x", "hidden_size": 8}}}, "no hidden_size"),
+        ({"warm_up": None}, "warm_up must be given: students.base is new"),
+        ({"data": {"train": ROWS, "validation": ROWS}}, "students.base must have model_name"),
+        ({"teachers": {"smollm2": {"model_name_or_path": "x"}}}, "names of their own, got smollm2"),
+        ({"methods": {"dudi": {"like": "sft", "options": {}}}}, "names of their own, got dudi"),
+        ({"methods": {"m": {"like": "dudi", "title": "SFT", "options": {}}}}, "'SFT' twice"),
+        ({"methods": {"mine": {"like": "dudy", "options": {}}}}, "did you mean 'dudi'"),
+        ({"methods": {"mine": {"like": "dudi", "options": {"ce_weigth": 1}}}}, "'ce_weight'"),
+        (
+            {"methods": {"mine": {"like": "dudi", "options": {"ce_weight": "a"}}}},
+            "methods.mine.opt",
+        ),
+        ({"domains": {"x": TINY["domains"]["udhr"] | {"split": "validation"}}}, "domains.x.split"),
     ],
 )
 def test_what_is_no_grid_is_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -378,10 +391,59 @@ def test_what_is_no_grid_is_told(changes: dict[str, Any], told: str, tmp_path: P
         read_grid(write_grid(tmp_path, **changes))
 
 
+def test_cells_know_the_user_s_own_files(tmp_path: Path) -> None:
+    """A file of another size or time is another cell; what has none is as it was."""
+    names = tiny.write_inputs(tmp_path)
+    rows = {"dataset_name": names["dataset_name"]}
+    config = write_grid(
+        tmp_path,
+        students={"base": {"model_name_or_path": names["model_name_or_path"]}},
+        teachers={"mine": {"model_name_or_path": names["teacher_model_name_or_path"]}},
+        data={"train": rows, "validation": rows},
+        methods={"mild": {"like": "dudi", "options": {"ce_weight": 0.5}, "tuned_as": "dudi"}},
+        settings={"main": TINY["settings"]["main"] | {"teacher": "mine", "methods": ["mild"]}},
+    )
+
+    def content() -> dict[str, Any]:
+        _state.cache_clear()
+        return resolved(read_grid(config), Cell("main", "mild", 0), {})
+
+    first = content()
+    assert first["options"]["ce_weight"] == 0.5 and first["options"]["off_policy_weight"] == 1
+    assert first["files"].keys() == set(names.values())
+    weights = tmp_path / "teacher" / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    assert content() != first
+    standard = resolved(read_grid("configs/ablation-small.yaml"), Cell("main", "sft", 0), {})
+    assert not {"files", "own_teacher", "data_of"} & standard.keys()
+
+
+def test_what_is_not_there_is_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_grid(tmp_path, teachers={"mine": {"model_name_or_path": "./nothing"}})
+    out = tmp_path / "out"
+    assert main(["ablate", "--config", str(config), "--output_dir", str(out)]) == 2
+    assert "teachers.mine.model_name_or_path './nothing'" in capsys.readouterr().err
+    assert not list(out.glob("*"))
+
+
 def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:
     grid = read_grid("configs/ablation.yaml")
     told = [rate_told(grid, Measured(rate, 1.0)) for rate in (3e-5, 2e-3, 6e-3)]
     assert told == ["3e-05 (the lowest tried)", "0.002", "0.006 (the highest tried)"]
+
+
+def test_a_method_has_one_colour_in_all_charts() -> None:
+    grid = read_grid("configs/ablation.yaml")
+    point = {"seconds": 1.0, SELECTED_BY: 2.0}
+    run = {"curve": [point, point | {"seconds": 2.0}], "environment": {"device": "cpu"}}
+    cells = [Cell("main", m, 0) for m in ("sft", "gkd", "dudi", "spin")]
+    cells += [Cell("small_student", m, 0) for m in ("gkd", "dudi")]
+    results = Results(grid, dict.fromkeys(cells, run))
+    assert drawn(results) == ["sft", "gkd", "dudi", "spin"]
+    text = html([], charts(results), [results.title(m) for m in drawn(results)], "")
+    assert text.count('class="c2" points') == 2 and text.count('class="c0" points') == 1
 
 
 def test_only() -> None:

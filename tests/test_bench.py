@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_quick_session(tmp_path: Path) -> None:
-    chosen = "forward_kl and not skew"
+    chosen = "forward_kl and not skew or topk or rollout"
     words = ("bench", "--quick", "-q", "-k", chosen, "-p", "no:cacheprovider")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words, "--results", str(tmp_path)],
@@ -45,6 +45,7 @@ def test_a_quick_session(tmp_path: Path) -> None:
     written = (tmp_path / "table.md").read_text()
     assert "| forward_kl | **ours** |" in written
     assert {line["verdict"] for line in summary["targets"]} <= {"met", "missed", ""}
+    assert "| both divergences | 48 |" in written and "## samples, tokens a second" in written
     assert "## Targets" in written and "## Targets" in done.stdout
     assert "| tiny-48-bf16 | ours | dense |" in (tmp_path / "readme.md").read_text()
     assert "| forward_kl | cut-cross-entropy, torch | has no such loss |" in written

@@ -160,13 +160,13 @@ def test_bad_recipe_files(tmp_path: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ("forward_kl", "reverse_kl", 0.5)),
+        ({}, ("forward_kl", "forward_kl", 0.5)),
         ({"beta": 0}, ("forward_kl", "forward_kl", 0.0)),
         ({"beta": 1}, ("reverse_kl", "reverse_kl", 1.0)),
         ({"beta": 0.3}, ("jsd", "jsd", 0.3)),
         ({"beta": 0.3, "on_policy_divergence": "reverse_kl"}, ("jsd", "reverse_kl", 0.3)),
-        ({"off_policy_divergence": "jsd"}, ("jsd", "reverse_kl", 0.5)),
-        ({"off_policy_divergence": "adaptive_kl"}, ("adaptive_kl", "reverse_kl", 0.5)),
+        ({"off_policy_divergence": "jsd"}, ("jsd", "forward_kl", 0.5)),
+        ({"off_policy_divergence": "adaptive_kl"}, ("adaptive_kl", "forward_kl", 0.5)),
     ],
 )
 def test_divergences_from_beta(options: dict[str, Any], expected: tuple[str, str, float]) -> None:

@@ -32,6 +32,13 @@ SMALLER = {
     "eval_steps: 200": "eval_steps: 2",
     "max_completion_length: 128": "max_completion_length: 8",
     "--eval_steps 200": "--eval_steps 2",
+    "steps: 1000": "steps: 2",
+    "seeds: [0, 1, 2]": "seeds: [0]",
+    "learning_rates: [1.0e-5, 3.0e-5]": "learning_rates: [1.0e-3]",
+    "validation_rows: 500, validations: 5, generate_rows: 50": (
+        "validation_rows: 4, validations: 1, generate_rows: 1"
+    ),
+    "limit: 20": "limit: 1",
     "--nproc_per_node 8": "--nproc_per_node 2",
 }
 

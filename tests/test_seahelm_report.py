@@ -53,7 +53,7 @@ def test_every_level_is_the_mean_of_what_is_below(tmp_path: Path) -> None:
     write_run(tmp_path, sample())
     model = collected(tmp_path)
     assert model.notes == []
-    assert {n: e.mean for n, e in model.nodes.items()} == pytest.approx(EXPECTED, rel=1e-12)
+    assert {n: e.value for n, e in model.nodes.items()} == pytest.approx(EXPECTED, rel=1e-12)
     assert model.recorded("id") == pytest.approx(EXPECTED["id",])  # SEA-HELM's own totals
     assert model.recorded("") == pytest.approx(EXPECTED[()])
     told = model.scores["id", "translation-en-xx"]
@@ -65,7 +65,7 @@ def test_what_a_judge_adds_counts_though_the_results_leave_it_out(tmp_path: Path
     content["id"]["linguistic-diagnostics"]["syntax-criteria"] = {"average_criteria_score": 20.0}
     write_run(tmp_path, content)
     model = collected(tmp_path)
-    assert model.nodes["id", "linguistic-diagnostics"].mean == pytest.approx(40)  # (60 + 40 + 20)/3
+    assert model.nodes["id", "linguistic-diagnostics"].value == pytest.approx((60 + 40 + 20) / 3)
 
 
 # ---- over seeds ----------------------------------------------------------------------------------
@@ -84,27 +84,15 @@ def test_intervals_are_those_of_each_level(tmp_path: Path) -> None:
         }
         write_run(tmp_path, content, run=run, seed=run)
     model = collected(tmp_path)
-    assert model.nodes["th", "safety"].runs == pytest.approx((22, 40, 58))
-    assert model.nodes["th", "safety"].mean == pytest.approx(40)
-    assert model.nodes["th", "safety"].half == pytest.approx(4.303 * 18 / math.sqrt(3), rel=1e-9)
+    safety = model.nodes["th", "safety"]
+    assert safety.runs == pytest.approx((22, 40, 58)) and safety.value == pytest.approx(40)
+    assert safety.half == pytest.approx(4.3026527 * 18 / math.sqrt(3), rel=1e-8)
     assert model.nodes[()].half == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("df", [1, 2, 7, 30])
-def test_quantiles_of_students_t(df: int) -> None:
-    """By the substitution x = sqrt(df) tan(a): the tail is an integral of cos(a)^(df - 1)."""
-    end = math.atan(scores.T[df - 1] / math.sqrt(df))
-    n = 20_000
-    below = sum(math.cos((i + 0.5) / n * end) ** (df - 1) for i in range(n)) * end / n
-    half = (
-        sum(math.cos((i + 0.5) / n * math.pi / 2) ** (df - 1) for i in range(n)) * math.pi / 2 / n
-    )
-    assert 0.5 + 0.5 * below / half == pytest.approx(0.975, abs=2e-5)
 
 
 def test_one_run_has_no_interval_and_says_no_spread(tmp_path: Path) -> None:
     write_run(tmp_path, sample())
-    assert collected(tmp_path).nodes[()].half is None
+    assert math.isnan(collected(tmp_path).nodes[()].half)
 
 
 def test_what_is_run_once_stands_for_all_runs(tmp_path: Path) -> None:
@@ -152,7 +140,7 @@ def test_a_baseline_that_is_not_ours_is_told(tmp_path: Path) -> None:
     content["th"]["safety"]["toxicity"] = accuracy(70, 3)  # 55 from 33.3, not 40 from 50
     write_run(tmp_path, content)
     model = collected(tmp_path)
-    assert model.nodes["th", "safety"].mean == pytest.approx(55)
+    assert model.nodes["th", "safety"].value == pytest.approx(55)
     assert model.scores["th", "toxicity"].baseline == pytest.approx(100 / 3)
     assert model.notes == [
         "th/toxicity: normalised from a baseline of 33.33 by SEA-HELM, where 50 was expected; its "
@@ -170,7 +158,7 @@ def test_tasks_beyond_the_table_are_read_from_the_configuration(tmp_path: Path) 
     }
     write_run(tmp_path, content, tasks=tasks)
     model = collected(tmp_path)
-    assert model.nodes["th", "safety"].mean == pytest.approx((40 + 60 + 30) / 3)
+    assert model.nodes["th", "safety"].value == pytest.approx((40 + 60 + 30) / 3)
     assert model.scores["th", "safeguard"].baseline == pytest.approx(50)
     assert model.notes == ["novel: stars is taken as it is, from 0 to 100"]
 

@@ -129,11 +129,11 @@ def test_runs_of_seeds_and_their_report(made: Path, checkout: Path, tmp_path: Pa
     (model,) = collect([tmp_path / "results"])
     assert model.notes == [] and model.name == "first"
     # the stand-in aggregates by itself, and as SEA-HELM does without syntax-criteria
-    assert model.nodes["tl",].mean == pytest.approx(model.recorded("tl"))
-    kept = [model.nodes["id", "linguistic-diagnostics", n].mean for n in ("mp-r", "pragmatics")]
-    more = sum(kept) / 2 - model.nodes["id", "linguistic-diagnostics"].mean
+    assert model.nodes["tl",].value == pytest.approx(model.recorded("tl"))
+    kept = [model.nodes["id", "linguistic-diagnostics", n].value for n in ("mp-r", "pragmatics")]
+    more = sum(kept) / 2 - model.nodes["id", "linguistic-diagnostics"].value
     competencies = len(model.children(("id",)))
-    assert model.nodes["id",].mean + more / competencies == pytest.approx(model.recorded("id"))
+    assert model.nodes["id",].value + more / competencies == pytest.approx(model.recorded("id"))
     assert [run["seed"] for run in to_dict([model])["models"][0]["runs"]] == [11, 12]
 
     again = launch(made, checkout, tmp_path / "results", seeds=[11, 12, 13])  # one more

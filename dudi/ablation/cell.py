@@ -1,7 +1,8 @@
 """One cell: from the warm start, trained by its method, validated on the way, tested, written down.
 
-Seconds are those of the process's CPU in training alone (the teacher, sampling and the loss; no
-validation, no loading): with one thread a worker they hardly depend on what else the machine does.
+Seconds are those of training alone (the teacher, sampling and the loss; no validation, no loading):
+without an accelerator the process's CPU seconds, which with one thread a worker hardly depend on
+what else the machine does.
 The result has every test row's additive values (dudi.evaluation), which all statistics are made of.
 """
 
@@ -11,6 +12,8 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,24 +22,27 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback
 
-from dudi.ablation.grid import START
-from dudi.ablation.methods import SAME_TEXT, method
+from dudi.ablation.grid import START, STRINGS
+from dudi.ablation.methods import SAME_TEXT
+from dudi.ablation.own import Rows as OwnRows
+from dudi.ablation.own import tokenizer_of
 from dudi.ablation.shared import (
     QUIET,
     items_part,
     map_part,
     responses_part,
-    teacher_dtype,
-    teacher_path,
+    start_of,
+    teacher_at,
     train_rows,
-    warm_part,
 )
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import read_jsonl, write_text
 from dudi.config import from_options
-from dudi.demo_data import LANGUAGES, data_path
+from dudi.demo_data import LANGUAGES
 from dudi.evaluation.bootstrap import MEAN, sampled
+from dudi.evaluation.command import dataset_task
 from dudi.evaluation.figures import FIGURES
+from dudi.evaluation.items import task_items
 from dudi.evaluation.result import TaskResult
 from dudi.evaluation.task import Rows, Source, Task, load_task
 from dudi.evaluation.tasks import evaluate_tasks
@@ -44,7 +50,8 @@ from dudi.models import load_model, load_tokenizer
 from dudi.run import build_trainer, console_style, environment, quiet_libraries
 
 SELECTED_BY = "nll_per_char"  # on the validation split
-TESTED_TOKENS = 64  # of a test row's reference or generation; longer ones are cut
+TESTED_PROMPT = 512  # tokens, where training has no limit
+TESTED_TOKENS = 64  # of a test row's reference or generation, at least; longer ones are cut
 SAMPLES = 3  # generations a language that are kept to be looked at
 
 
@@ -55,6 +62,7 @@ class Job(NamedTuple):
     name: str
     cell: dict[str, Any]  # grid.resolved
     hash: str
+    one_epoch: bool = False  # Method.one_epoch
 
 
 def result_path(folder: Path, name: str) -> Path:
@@ -75,11 +83,10 @@ def run_cell(job: Job) -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     cell = job.cell
-    tokenizer = load_tokenizer(str(data_path("tokenizer")), "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_of(cell["student"]), "the student's tokenizer")
     clock = Clock(job, tokenizer)
     if cell["method"] == START:
-        warm = str(warm_part(job.folder, cell).path)
-        model = load_model(warm, {"dtype": torch.float32}, "the warm start").eval()
+        model = loaded(start_of(job.folder, cell), torch.float32, "the start")
         clock.validate(model, 0)
     else:
         model = _trained(job, clock)
@@ -95,6 +102,12 @@ def run_cell(job: Job) -> None:
     }
     text = json.dumps(result, ensure_ascii=False, allow_nan=False)
     write_text(result_path(job.folder, job.name), text)
+
+
+def loaded(name: str, dtype: Any, argument: str) -> Any:
+    """A model to be asked, where it runs best."""
+    model = load_model(name, {"dtype": dtype}, argument).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -115,11 +128,12 @@ class Clock(TrainerCallback):
         self._began = (0.0, 0.0)
 
     def _start(self) -> None:
-        self._began = (time.process_time(), time.monotonic())
+        self._began = _now()
 
     def _stop(self) -> None:
-        self.seconds += time.process_time() - self._began[0]
-        self.wall += time.monotonic() - self._began[1]
+        seconds, wall = _now()
+        self.seconds += seconds - self._began[0]
+        self.wall += wall - self._began[1]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start()
@@ -139,26 +153,45 @@ class Clock(TrainerCallback):
         self.curve.append({"step": step, "seconds": self.seconds, SELECTED_BY: value})
 
 
+def _now() -> tuple[float, float]:
+    """Seconds of work and of the clock; the same thing where an accelerator works."""
+    if not torch.cuda.is_available():
+        return time.process_time(), time.monotonic()
+    torch.cuda.synchronize()
+    return time.monotonic(), time.monotonic()
+
+
 def validation_task(job: Job) -> Task:
     """Rows of the validation split, as many of each language, drawn once for all cells."""
+    rows = job.cell["evaluation"]["validation_rows"]
+    if (own := job.cell.get("data_of")) is not None:
+        return _own_validation(own["validation"], job.cell["languages"], rows)
     languages = job.cell["languages"] or ("en", *LANGUAGES)
-    limit = max(1, job.cell["evaluation"]["validation_rows"] // len(languages))
     path = items_part(job.folder, "validation", job.cell["languages"]).path
+    chosen = Rows(limit=max(1, rows // len(languages)), seed=0)
     update = {"name": "validation", "source": Source(file=str(path)), "metrics": ["nll"]}
-    return load_task("translation").model_copy(update=update | {"rows": Rows(limit=limit, seed=0)})
+    return load_task(STRINGS).model_copy(update=update | {"rows": chosen})
+
+
+def _own_validation(own: Mapping[str, Any], languages: Sequence[str] | None, rows: int) -> Task:
+    found = OwnRows(**own)
+    task = dataset_task(found.dataset_name, found.dataset_config, found.split)
+    counts = Counter(item.language for item in task_items(task, languages))
+    chosen = Rows(limit=max(1, rows // len(counts)), seed=0)
+    return task.model_copy(update={"name": "validation", "metrics": ["nll"], "rows": chosen})
 
 
 def options_of(job: Job, work: Path) -> dict[str, Any]:
     """What `dudi train` would be given."""
-    cell = job.cell
+    cell, teacher = job.cell, teacher_at(job.folder, job.cell)
     options = cell["options"] | QUIET
     if options.get("vocabulary_verbalizer") == SAME_TEXT:
-        options["vocabulary_verbalizer"] = str(map_part(job.folder, cell["teacher"]).path)
+        options["vocabulary_verbalizer"] = str(map_part(job.folder, cell).path)
     return options | {
-        "model_name_or_path": str(warm_part(job.folder, cell).path),
-        "tokenizer_name_or_path": str(data_path("tokenizer")),
-        "teacher_model_name_or_path": str(teacher_path(job.folder, cell["teacher"])),
-        "teacher_model_init_kwargs": {"dtype": teacher_dtype(cell["teacher"])},
+        "model_name_or_path": start_of(job.folder, cell),
+        "tokenizer_name_or_path": tokenizer_of(cell["student"]),
+        "teacher_model_name_or_path": teacher.path,
+        "teacher_model_init_kwargs": {"dtype": teacher.dtype},
         "verbalizer_cache_dir": str(job.folder / "shared" / "maps"),
         "dataset_name": "embedded strings",
         "output_dir": str(work),
@@ -189,7 +222,7 @@ def _trained(job: Job, clock: Clock) -> Any:
 def _check_epoch(job: Job, rows: int) -> None:
     """A method that draws all its samples at the start would draw again in a second epoch."""
     batch = job.cell["options"]["per_device_train_batch_size"]
-    if method(job.cell["method"]).one_epoch and job.cell["steps"] * batch > rows:
+    if job.one_epoch and job.cell["steps"] * batch > rows:
         raise ValueError(
             f"steps must be at most {rows // batch} for {job.cell['method']} (one epoch), got "
             f"{job.cell['steps']}"
@@ -199,10 +232,10 @@ def _check_epoch(job: Job, rows: int) -> None:
 def _training_rows(job: Job) -> list[dict[str, Any]]:
     cell = job.cell
     if cell["data"] == "given":
-        return train_rows(cell["languages"], cell["train_rows"])
+        return train_rows(cell)
     rows = read_jsonl(responses_part(job.folder, cell).path)
     kept = ("prompt", "completion", "language")
-    return [{name: row[name] for name in kept} for row in rows]
+    return [{name: row[name] for name in kept if name in row} for row in rows]
 
 
 # ---- testing -------------------------------------------------------------------------------------
@@ -215,8 +248,8 @@ def tested(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
         return {"domains": {}, "skipped": {}}
     teacher, bridge = None, None
     if cell["kl"]:
-        path = str(teacher_path(job.folder, cell["teacher"]))
-        teacher = load_model(path, {"dtype": torch.float32}, "the teacher").eval()
+        at = teacher_at(job.folder, cell)
+        teacher = loaded(at.path, at.dtype if torch.cuda.is_available() else "float32", "teacher")
         bridge = build_bridge(model, teacher, tokenizer, None, MapSettings())
     found = evaluate_tasks(
         model,
@@ -228,8 +261,8 @@ def tested(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
         resamples=1,
         batch_size=plan["batch"],
         generate_rows=plan["generate_rows"],
-        max_prompt_length=256,
-        max_completion_length=TESTED_TOKENS,
+        max_prompt_length=cell["options"].get("max_prompt_length", TESTED_PROMPT),
+        max_completion_length=max(TESTED_TOKENS, cell["options"].get("max_completion_length") or 0),
     )
     domains = {name: _kept(task) for name, task in found.tasks.items()}
     return {"domains": domains, "skipped": found.skipped}
@@ -243,7 +276,8 @@ def domain_task(job: Job, name: str) -> Task:
     if domain["limit"] is not None:
         update["rows"] = Rows(limit=domain["limit"], seed=0)
     if task.source.builtin == "ui_strings":
-        path = items_part(job.folder, "test", job.cell["languages"]).path
+        split = domain.get("split", "test")
+        path = items_part(job.folder, split, job.cell["languages"]).path
         update["source"] = Source(file=str(path))
     return task.model_copy(update=update)
 

@@ -8,7 +8,7 @@ were running.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from dudi.ablation.grid import (
     selected,
     trials_of,
 )
-from dudi.ablation.methods import SAME_TEXT, method, methods
+from dudi.ablation.methods import SAME_TEXT
+from dudi.ablation.own import check_there, existing
 from dudi.ablation.report import write_ablation_report
 from dudi.ablation.shared import (
     Part,
@@ -80,6 +81,7 @@ def run_ablation(
         return folder
     if not report:
         quiet_libraries()
+        check_there(grid.students, grid.teachers, grid.data)
         folder.mkdir(parents=True, exist_ok=True)
         run.everything(wanted)
     done = run.done(cells_of(grid))
@@ -120,7 +122,8 @@ class Run:
 
     def job(self, cell: Cell, measured: dict[str, Measured]) -> Job:
         content = resolved(self.grid, cell, measured)
-        return Job(self.folder.resolve(), cell.name, content, hash_of(content))
+        one_epoch = cell.method != START and self.grid.method(cell.method).one_epoch
+        return Job(self.folder.resolve(), cell.name, content, hash_of(content), one_epoch)
 
     def jobs(self, cells: Sequence[Cell], measured: dict[str, Measured]) -> dict[Cell, Job]:
         """Of the cells whose learning rate and steps are known."""
@@ -178,30 +181,43 @@ class Run:
         done = self.done(cells) if measured or not self.grid.tune else {}
         done |= {c: {} for c in cells if c.trial is not None and done_result(self.job(c, {}))}
         table = Table("cell", "about", "state")
-        total = 0.0
+        left: list[float | None] = []
         for cell in cells:
-            seconds = self._estimate(cell)
-            total += 0 if cell in done else seconds
-            table.add_row(cell.name, f"{seconds:.0f} s", "done" if cell in done else "to do")
+            seconds = self._estimate(cell, measured)
+            if cell not in done:
+                left.append(seconds)
+            about = "?" if seconds is None else f"{seconds:.0f} s"
+            table.add_row(cell.name, about, "done" if cell in done else "to do")
         self.console.print(table)
         self.console.print(
-            f"{len(cells)} cells, {len(done)} done; the others take about "
-            f"{total / self.workers / 60:.0f} minutes with {self.workers} free cores "
-            "(and shared parts a few minutes)",
-            soft_wrap=True,
+            f"{len(cells)} cells, {len(done)} done; {self._told(left)}", soft_wrap=True
         )
 
-    def _estimate(self, cell: Cell) -> float:
-        if cell.method == START:
-            return OVERHEAD
+    def _told(self, left: list[float | None]) -> str:
+        """How long the cells that are left take."""
+        if None in left:
+            return "how long the others take with these models is known once the trials are done"
+        minutes = sum(seconds or 0.0 for seconds in left) / self.workers / 60
+        return (
+            f"the others take about {minutes:.0f} minutes with {self.workers} free cores (and "
+            "shared parts a few minutes)"
+        )
+
+    def _estimate(self, cell: Cell, measured: Mapping[str, Measured]) -> float | None:
+        """Seconds of a cell; None where they are those of the user's own models, and unmeasured."""
         setting = self.grid.settings[cell.setting]
-        costs = {name: own.cost for name, own in methods().items()}
-        if setting.seconds_of is not None:
-            like = self.grid.settings[str(setting.like)]
-            return OVERHEAD + float(like.steps or 0) * costs[setting.seconds_of]
-        teacher = SMOLLM2_COST if setting.teacher != "embedded" else 0.0
-        slower = teacher if method(cell.method).needs_teacher else 0.0
-        return OVERHEAD + float(setting.steps or 0) * (costs[cell.method] + slower)
+        own = existing(self.grid.students[setting.student]) or setting.teacher in self.grid.teachers
+        if cell.method == START:
+            return None if own else OVERHEAD
+        name = setting.seconds_of or cell.method
+        steps = (self.grid.settings[setting.like] if setting.like else setting).steps
+        tried = measured.get(self.grid.tuned_as(name))
+        if own and tried is None:
+            return None
+        cost = tried.seconds_a_step if tried is not None else self.grid.method(name).cost
+        teacher = SMOLLM2_COST if setting.teacher == "smollm2" else 0.0
+        slower = teacher if self.grid.method(name).needs_teacher else 0.0
+        return OVERHEAD + float(steps or 0) * (cost + slower)
 
 
 def parts_of(folder: Path, jobs: Sequence[Job]) -> list[list[Part]]:
@@ -211,13 +227,14 @@ def parts_of(folder: Path, jobs: Sequence[Job]) -> list[list[Part]]:
     second: list[Part] = []
     for cell in cells:
         first += [items_part(folder, split, cell["languages"]) for split in ("validation", "test")]
-        first.append(warm_part(folder, cell))
+        if existing(cell["student"]) is None:
+            first.append(warm_part(folder, cell))
         if cell["teacher"] == "smollm2":
             first.append(teacher_part(folder))
         if cell["data"] == "teacher":
             second.append(responses_part(folder, cell))
         if cell["options"].get("vocabulary_verbalizer") == SAME_TEXT:
-            second.append(map_part(folder, cell["teacher"]))
+            second.append(map_part(folder, cell))
     return [first, second]
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dudi.ablation.methods import method, methods
+from dudi.ablation.methods import Method, Variant, with_variants
+from dudi.ablation.own import Data, OwnTeacher, check_student, existing, states
 from dudi.config import nearest, read_config_file
-from dudi.evaluation.task import Metric
+from dudi.evaluation.task import Metric, builtin_tasks, load_task
 
 FORMAT = 1  # raise it where the same configuration gives another result
 START = "start"  # the warm start itself, which every method begins from
-TEACHERS = ("embedded", "smollm2")
+TEACHERS = ("embedded", "smollm2")  # built in
+STRINGS = "translation"  # the task of the embedded strings
 
 
 class _Strict(BaseModel):
@@ -52,34 +55,23 @@ class EvaluationPlan(_Strict):
 class Domain(_Strict):
     """Where cells are tested: a task of `dudi evaluate`."""
 
-    task: str
+    task: str  # a built-in one, or a file
     metrics: list[Metric]
     limit: int | None = Field(None, gt=0)  # rows a language
+    split: Literal["test", "validation"] = "test"  # of the embedded strings
 
 
 class Setting(_Strict):
     title: str
     student: str
-    teacher: Literal["embedded", "smollm2"]
-    methods: list[str]
+    teacher: str
+    methods: list[str] | Literal["all"]
     steps: int | None = Field(None, gt=0)
     seconds_of: str | None = None  # or: the seconds of this method in the setting `like`
     like: str | None = None
     languages: list[str] | None = None  # of source and target; None is all
     batch: int | None = Field(None, gt=0)
     kl: bool = True  # whether KL to the teacher is measured on the test split
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _all(cls, given: Any) -> Any:
-        return list(methods()) if given == "all" else given
-
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, given: list[str]) -> list[str]:
-        for name in given:
-            method(name)
-        return given
 
     @model_validator(mode="after")
     def _one_budget(self) -> Setting:
@@ -93,18 +85,72 @@ class Setting(_Strict):
 class Grid(_Strict):
     seeds: list[int] = Field(min_length=1)
     students: dict[str, dict[str, Any]]
-    warm_up: WarmUp
+    warm_up: WarmUp | None = None  # of new students
     training: dict[str, Any]
     evaluation: EvaluationPlan
     domains: dict[str, Domain]
     settings: dict[str, Setting]
     tune: Tune | None = None
     train_rows: int | None = Field(None, gt=0)  # drawn ones of the train split; None is all
+    teachers: dict[str, OwnTeacher] = Field(default_factory=dict)
+    data: Data | None = None  # None: the embedded strings
+    methods: dict[str, Variant] = Field(default_factory=dict)  # beside the built-in ones
+
+    @cached_property
+    def known(self) -> dict[str, Method]:
+        """All methods by name, in the order of reports."""
+        return with_variants(self.methods)
+
+    def methods_of(self, setting: Setting) -> list[str]:
+        return list(self.known) if setting.methods == "all" else setting.methods
+
+    def method(self, name: str) -> Method:
+        return self.known[name]
+
+    def tuned_as(self, name: str) -> str:
+        """Whose learning rate a method takes: another's, or its own."""
+        return self.known[name].tuned_as or name
+
+    @field_validator("students")
+    @classmethod
+    def _students(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, own in given.items():
+            check_student(f"students.{name}", own)
+        return given
+
+    @model_validator(mode="after")
+    def _teachers(self) -> Grid:
+        taken = sorted(set(TEACHERS) & self.teachers.keys())
+        if taken:
+            raise ValueError(f"teachers must have names of their own, got {', '.join(taken)}")
+        return self
+
+    @model_validator(mode="after")
+    def _own_data(self) -> Grid:
+        for name, own in self.students.items():
+            if existing(own) is None and self.warm_up is None:
+                raise ValueError(f"warm_up must be given: students.{name} is new")
+            if self.data is not None and existing(own) is None:
+                raise ValueError(
+                    f"students.{name} must have model_name_or_path where there is data: a new "
+                    "student is one of the embedded strings' tokenizer"
+                )
+        for name, domain in self.domains.items():
+            if domain.split == "validation" and (domain.task != STRINGS or self.data is not None):
+                raise ValueError(
+                    f"domains.{name}.split is of the task {STRINGS} alone, where there is no data"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> Grid:
         for name, setting in self.settings.items():
             _among(f"settings.{name}.student", setting.student, self.students)
+            _among(f"settings.{name}.teacher", setting.teacher, (*TEACHERS, *self.teachers))
+            for each in self.methods_of(setting):
+                _among(f"settings.{name}.methods", each, self.known)
+            if setting.seconds_of is not None:
+                _among(f"settings.{name}.seconds_of", setting.seconds_of, self.known)
             if setting.like is not None:
                 _among(f"settings.{name}.like", setting.like, self.settings)
                 if self.settings[setting.like].steps is None:
@@ -122,7 +168,9 @@ class Grid(_Strict):
 
 def _among(place: str, name: str, known: Any) -> None:
     if name not in known:
-        raise ValueError(f"{place} must be one of {', '.join(known)}, got {name!r}")
+        raise ValueError(
+            f"{place} must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+        )
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -158,8 +206,8 @@ class Measured(NamedTuple):
     seconds_a_step: float
 
 
-def applies(name: str, setting: Setting) -> bool:
-    return setting.teacher != "embedded" or not method(name).other_tokenizer
+def applies(grid: Grid, name: str, setting: Setting) -> bool:
+    return setting.teacher != "embedded" or not grid.method(name).other_tokenizer
 
 
 def cells_of(grid: Grid) -> list[Cell]:
@@ -169,8 +217,8 @@ def cells_of(grid: Grid) -> list[Cell]:
         Cell(name, each, seed)
         for seed in grid.seeds
         for name, setting in grid.settings.items()
-        for each in (*([START] if setting.like is None else []), *setting.methods)
-        if each == START or applies(each, setting)
+        for each in (*([START] if setting.like is None else []), *grid.methods_of(setting))
+        if each == START or applies(grid, each, setting)
     ]
 
 
@@ -178,11 +226,11 @@ def trials_of(grid: Grid, wanted: list[Cell]) -> list[Cell]:
     """The trials that these cells' learning rates and steps come from."""
     if grid.tune is None:
         return []
-    tuned = {method(c.method).tuned_as or c.method for c in wanted if c.method != START}
+    tuned = {grid.tuned_as(c.method) for c in wanted if c.method != START}
     tuned |= {s.seconds_of for c in wanted if (s := grid.settings[c.setting]).seconds_of}
     return [
         Cell(grid.tune.setting, name, grid.tune.seed, rate)
-        for name in methods()
+        for name in grid.known
         if name in tuned
         for rate in grid.tune.learning_rates
     ]
@@ -197,8 +245,8 @@ def steps_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> int:
         return setting.steps
     like = grid.settings[str(setting.like)]
     seconds = float(like.steps or 0) * measured[str(setting.seconds_of)].seconds_a_step
-    own = method(cell.method).tuned_as or cell.method
-    return max(1, round(seconds / measured[own].seconds_a_step))
+    own = measured[grid.tuned_as(cell.method)]
+    return max(1, round(seconds / own.seconds_a_step))
 
 
 def learning_rate_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> float | None:
@@ -206,14 +254,14 @@ def learning_rate_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> f
         return cell.trial
     if grid.tune is None:
         return float(grid.training["learning_rate"])
-    return measured[method(cell.method).tuned_as or cell.method].learning_rate
+    return measured[grid.tuned_as(cell.method)].learning_rate
 
 
 def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str, Any]:
     """All that decides a cell's result, JSON-safe."""
     setting = grid.settings[cell.setting]
     steps = steps_of(grid, cell, measured)
-    own = None if cell.method == START else method(cell.method)
+    own = None if cell.method == START else grid.method(cell.method)
     training = dict(grid.training)
     if setting.batch is not None:
         training["per_device_train_batch_size"] = setting.batch
@@ -224,7 +272,7 @@ def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str,
         **cell._asdict(),
         "steps": steps,
         "student": grid.students[setting.student],
-        "warm_up": grid.warm_up.model_dump(),
+        "warm_up": grid.warm_up and grid.warm_up.model_dump(),
         "teacher": setting.teacher,
         "languages": setting.languages,
         "train_rows": grid.train_rows,
@@ -234,8 +282,37 @@ def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str,
         "evaluation": grid.evaluation.model_dump(),
         "domains": {}
         if cell.trial is not None
-        else {name: domain.model_dump() for name, domain in grid.domains.items()},
+        else {name: _of_domain(domain) for name, domain in grid.domains.items()},
+        **_of_own(grid, setting),
     }
+
+
+def _of_domain(domain: Domain) -> dict[str, Any]:
+    return domain.model_dump(exclude={"split"} if domain.split == "test" else None)
+
+
+def _of_own(grid: Grid, setting: Setting) -> dict[str, Any]:
+    """What of a cell's result is decided by the user's own models and files."""
+    found: dict[str, Any] = {}
+    names = [file for domain in grid.domains.values() for file in _files_of(domain.task)]
+    if (student := existing(grid.students[setting.student])) is not None:
+        names.append(student)
+    if (teacher := grid.teachers.get(setting.teacher)) is not None:
+        found["own_teacher"] = teacher.model_dump()
+        names.append(teacher.model_name_or_path)
+    if grid.data is not None:
+        found["data_of"] = grid.data.model_dump()
+        names += [grid.data.train.dataset_name, grid.data.validation.dataset_name]
+    there = states(names)
+    return found | ({"files": there} if there else {})
+
+
+def _files_of(task: str) -> list[str]:
+    """Of a task that is not built in: itself, and what it reads."""
+    if task in builtin_tasks():
+        return []
+    read = load_task(task).source.file
+    return [task] if read is None else [task, read]
 
 
 def hash_of(value: Any) -> str:

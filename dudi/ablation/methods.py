@@ -1,4 +1,5 @@
-"""Methods as configurations of one trainer, read from data/ablation/methods.yaml.
+"""Methods as configurations of one trainer, read from data/ablation/methods.yaml; a grid may add
+others that change some options of one of these (`like`).
 
 What a method leaves unsaid is off: signals have weight 0, the teacher reads the student's prompt.
 "steps" and "steps / 4" in a recipe are made of the run's own number of steps.
@@ -7,13 +8,14 @@ What a method leaves unsaid is off: signals have weight 0, the teacher reads the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dudi.config import WEIGHTS, nearest
+from dudi.config import WEIGHTS, DuDiConfig, ScriptArguments, checked, field_types, nearest
 from dudi.demo_data import data_path
 
 OFF: dict[str, Any] = dict.fromkeys(WEIGHTS, 0.0) | {"context_verbalizer": False}
@@ -45,6 +47,52 @@ class Method(BaseModel):
         """Whether the trainer loads one."""
         weights = ("off_policy_weight", "on_policy_weight")
         return any(self.options.get(name, 0) > 0 for name in weights)
+
+
+class Variant(BaseModel):
+    """A method that changes some options of another one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    like: str
+    options: dict[str, Any]
+    title: str | None = None
+    tuned_as: str | None = None  # as of a method; without it, rates are tried for this one too
+
+    def method(self, name: str) -> Method:
+        """Raises ValueError where `like` is no method, or an option none of `dudi train`'s."""
+        base = method(self.like)
+        _check_options(f"methods.{name}.options", self.options)
+        told = ", ".join(f"{option} {value}" for option, value in self.options.items())
+        update = {
+            "title": self.title or name,
+            "about": f"{base.title} with {told}." if told else base.about,
+            "options": base.options | self.options,
+            "tuned_as": self.tuned_as,
+            "paper": None,
+        }
+        return base.model_copy(update=update)
+
+
+def with_variants(variants: Mapping[str, Variant]) -> dict[str, Method]:
+    """All methods and these, of different names and titles."""
+    taken = sorted(methods().keys() & variants.keys())
+    if taken:
+        raise ValueError(f"methods must have names of their own, got {', '.join(taken)}")
+    found = methods() | {name: own.method(name) for name, own in variants.items()}
+    titles = [own.title for own in found.values()]
+    twice = next((title for title in titles if titles.count(title) > 1), None)
+    if twice is not None:
+        raise ValueError(f"methods must have titles of their own, got {twice!r} twice")
+    return found
+
+
+def _check_options(place: str, options: Mapping[str, Any]) -> None:
+    known = field_types(ScriptArguments) | field_types(DuDiConfig)
+    try:
+        checked({name: _of_steps(value, 1) for name, value in options.items()}, known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _of_steps(value: Any, steps: int) -> Any:

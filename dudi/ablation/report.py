@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dudi.ablation.grid import START, Cell, Grid, Measured, applies, cells_of
-from dudi.ablation.methods import methods
 from dudi.ablation.results import Results, Table, tables
 from dudi.callbacks import write_text
 from dudi.page import page
 from dudi.report_figures import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, LineChart, line_chart
 
 BEGIN, END = "<!-- tables: dudi ablate --report -->", "<!-- end of tables -->"
-SHOWN = ("sft", "forward_kl", "gkd", "distillm", "dudi")  # curves; more could not be told apart
+FIRST = ("sft", "forward_kl", "gkd", "distillm", "dudi")
+COLOURS = 5  # curves; more could not be told apart
 
 
 def write_ablation_report(
@@ -37,7 +37,8 @@ def write_ablation_report(
     found = tables(results, measured)
     text = markdown(grid, done, found)
     paths = [folder / f"report.{kind}" for kind in ("html", "md", "json")]
-    write_text(paths[0], html(found, charts(results), missing(grid, done)))
+    runs = [results.title(name) for name in drawn(results)]
+    write_text(paths[0], html(found, charts(results), runs, missing(grid, done)))
     write_text(paths[1], text)
     write_text(paths[2], json.dumps(as_json(results, measured), indent=1, ensure_ascii=False))
     if docs is not None and page is not None:
@@ -67,7 +68,7 @@ def missing(grid: Grid, done: Mapping[Cell, Any]) -> str:
 
 
 def applies_to(grid: Grid, cell: Cell) -> bool:
-    return applies(cell.method, grid.settings[cell.setting])
+    return applies(grid, cell.method, grid.settings[cell.setting])
 
 
 def markdown(grid: Grid, done: Mapping[Cell, Any], found: Sequence[Table]) -> str:
@@ -90,24 +91,36 @@ def _markdown_table(table: Table) -> str:
 # ---- curves --------------------------------------------------------------------------------------
 
 
+def drawn(results: Results) -> list[str]:
+    """The methods that have a curve, each of one colour in all charts."""
+    used = {cell.method for cell in results.done} - {START}
+    wanted = [*FIRST, *results.grid.methods, *results.grid.known]
+    return [m for m in dict.fromkeys(wanted) if m in used][:COLOURS]
+
+
 def charts(results: Results) -> list[LineChart]:
     """Validation NLL over seconds, of the mean over seeds."""
     found = []
     for name, setting in results.grid.settings.items():
         curves = {
-            methods()[m].title: results.curve(name, m)
-            for m in SHOWN
+            results.title(m): results.curve(name, m)
+            for m in drawn(results)
             if len(results.curve(name, m)[0]) > 1
         }
         if curves:
-            note = "validation, nats a character, over CPU seconds of training"
+            note = f"validation, nats a character, over {results.seconds} of training"
             found.append(line_chart(setting.title, note, curves))
     return found
 
 
-def html(found: Sequence[Table], drawn: Sequence[LineChart], state: str) -> str:
+def html(
+    found: Sequence[Table], curves: Sequence[LineChart], runs: Sequence[str], state: str
+) -> str:
+    """`runs`: titles of all methods with a curve, in the order of colours."""
     size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
-    return page("ablation.html.j2", {}, tables=found, charts=drawn, state=state, size=size)
+    return page(
+        "ablation.html.j2", {}, tables=found, charts=curves, runs=runs, state=state, size=size
+    )
 
 
 def as_json(results: Results, measured: Mapping[str, Measured]) -> dict[str, Any]:

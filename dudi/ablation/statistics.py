@@ -21,24 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dudi.evaluation.bootstrap import LEVEL, MEAN
+from dudi.evaluation.bootstrap import MEAN
 from dudi.evaluation.figures import FIGURES, Figure
+from dudi.intervals import LEVEL, Mean, t_quantile
 
 RESAMPLES = 300
 Rows = Sequence[Mapping[str, Any]]
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds and the half width of its interval (NaN: unknown)."""
-
-    value: float
-    half: float
-    seeds: int
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return abs(self.value) > self.half
 
 
 class Values(NamedTuple):
@@ -94,11 +82,11 @@ def _of_seed(
     return {**found, MEAN: (value, draws)}
 
 
-def estimate(values: Values) -> Estimate:
+def estimate(values: Values) -> Mean:
     return _estimate(values.by_seed, values.draws, values.groups)
 
 
-def difference(new: Values, old: Values) -> Estimate:
+def difference(new: Values, old: Values) -> Mean:
     """New - old, over the seeds that both have."""
     seeds = sorted(new.by_seed.keys() & old.by_seed.keys())
     return _estimate(
@@ -108,32 +96,18 @@ def difference(new: Values, old: Values) -> Estimate:
     )
 
 
-def _estimate(
-    by_seed: Mapping[int, float], draws: Mapping[int, np.ndarray], groups: int
-) -> Estimate:
-    count = len(by_seed)
+def _estimate(by_seed: Mapping[int, float], draws: Mapping[int, np.ndarray], groups: int) -> Mean:
+    runs = tuple(by_seed.values())
+    count = len(runs)
     if not count:
-        return Estimate(math.nan, math.nan, 0)
-    value = float(np.mean(list(by_seed.values())))
+        return Mean(math.nan, math.nan, runs)
+    value = float(np.mean(runs))
     if count == 1 or groups < 2:
-        return Estimate(value, math.nan, count)
-    of_seeds = float(np.var(list(by_seed.values()), ddof=1)) / count
+        return Mean(value, math.nan, runs)
+    of_seeds = float(np.var(runs, ddof=1)) / count
     of_rows = float(np.nanvar(np.mean(list(draws.values()), axis=0), ddof=1))
     total = of_seeds + of_rows
     if total == 0:
-        return Estimate(value, 0.0, count)
+        return Mean(value, 0.0, runs)
     freedom = total**2 / (of_seeds**2 / (count - 1) + of_rows**2 / (groups - 1))
-    return Estimate(value, t_quantile(LEVEL, freedom) * math.sqrt(total), count)
-
-
-def t_quantile(level: float, freedom: float) -> float:
-    """t with P(|T| < t) = level, for Student's distribution.
-
-    With t = sqrt(freedom) tan(a), P(|T| < t) is the share of the integral of cos^(freedom - 1) over
-    [0, pi / 2] that lies below a.
-    """
-    angles = np.linspace(0, math.pi / 2, 200_001)
-    middle = (angles[1:] + angles[:-1]) / 2
-    mass = np.cumsum(np.cos(middle) ** (freedom - 1))
-    angle = float(np.interp(level, mass / mass[-1], angles[1:]))
-    return math.sqrt(freedom) * math.tan(angle)
+    return Mean(value, t_quantile(LEVEL, freedom) * math.sqrt(total), runs)

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dudi.evaluation.figures import Figure
+from dudi.intervals import LEVEL
 
 RESAMPLES = 1000
-LEVEL = 0.95
 MEAN = "mean"  # the label of the unweighted mean over languages
 AT_ONCE = 4_000_000  # drawn numbers held at a time
 

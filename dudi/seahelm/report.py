@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dudi.callbacks import write_text
+from dudi.intervals import Mean, or_none, spelt
 from dudi.page import page
 from dudi.report_figures import DASH, language_name, number
 from dudi.seahelm.facts import facts
-from dudi.seahelm.scores import SEA, Estimate, Model, Node, collect
+from dudi.seahelm.scores import SEA, Model, Node, collect
 from dudi.verbalize import ALIASES
 
 FORMATS = ("json", "md", "html")
@@ -40,12 +41,9 @@ def _title(node: Node) -> str:
     return language_name(ALIASES.get(node[0], node[0])) if len(node) == 1 else node[-1]
 
 
-def cell(found: Estimate | None) -> str:
+def cell(found: Mean | None) -> str:
     """mean, and half the interval where there is one."""
-    if found is None:
-        return DASH
-    half = "" if found.half is None else f" ± {number(found.half, 1)}"
-    return number(found.mean, 1) + half
+    return spelt(found, 1)
 
 
 def lines(models: Sequence[Model]) -> list[Line]:
@@ -63,14 +61,14 @@ def _descend(models: Sequence[Model], node: Node, nodes: dict[Node, None]) -> No
         _descend(models, child, nodes)
 
 
-def _line(node: Node, found: list[Estimate | None]) -> Line:
-    means = [e.mean for e in found if e is not None]
+def _line(node: Node, found: list[Mean | None]) -> Line:
+    means = [e.value for e in found if e is not None]
     return Line(
         node,
         _title(node),
         [cell(e) for e in found],
-        [0.0 if e is None else round(min(e.mean, 100.0), 2) for e in found],
-        [e is not None and min(means) < max(means) == e.mean for e in found],
+        [0.0 if e is None else round(min(e.value, 100.0), 2) for e in found],
+        [e is not None and min(means) < max(means) == e.value for e in found],
     )
 
 
@@ -86,10 +84,10 @@ def to_dict(models: Sequence[Model]) -> dict[str, Any]:
     }
 
 
-def _estimate_dict(found: Estimate | None) -> dict[str, Any] | None:
+def _mean_dict(found: Mean | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    return {"mean": found.mean, "half_width": found.half, "runs": list(found.runs)}
+    return {"mean": found.value, "half_width": or_none(found.half), "runs": list(found.runs)}
 
 
 def _model_dict(model: Model) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def _model_dict(model: Model) -> dict[str, Any]:
             {"run": run.number, "seed": run.seed, "seahelm": run.commit, "file": str(run.file)}
             for run in model.runs
         ],
-        "sea": _estimate_dict(model.nodes.get(SEA)),
+        "sea": _mean_dict(model.nodes.get(SEA)),
         "recorded_total": model.recorded(""),
         "languages": {
             code: {
@@ -113,11 +111,11 @@ def _model_dict(model: Model) -> dict[str, Any]:
 
 
 def _tree_dict(model: Model, node: Node, below: str = "tasks") -> dict[str, Any]:
-    told = _estimate_dict(model.nodes[node]) or {}
+    told = _mean_dict(model.nodes[node]) or {}
     key = (node[0], node[-1])
     if key in model.scores:
         score, plain = model.scores[key], model.plain[key]
-        told |= {"score": plain.mean, "baseline": score.baseline, "max": score.maximum}
+        told |= {"score": plain.value, "baseline": score.baseline, "max": score.maximum}
     children = model.children(node)
     return told | (
         {below: {child[-1]: _tree_dict(model, child) for child in children}} if children else {}
@@ -185,7 +183,7 @@ def _range(model: Model, key: tuple[str, str]) -> str:
     if key not in model.scores:
         return DASH
     score = model.scores[key]
-    return f"{number(model.plain[key].mean, 2)} in {score.baseline:.4g} … {score.maximum:g}"
+    return f"{number(model.plain[key].value, 2)} in {score.baseline:.4g} … {score.maximum:g}"
 
 
 def headline(models: Sequence[Model]) -> str:

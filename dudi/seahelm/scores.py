@@ -17,46 +17,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dudi.intervals import LEVEL, Mean, t_quantile
 from dudi.seahelm.facts import Task, facts
 from dudi.seahelm.results import RESULT_FILE, Run, Score, newest_finished, read_run, result_files
 
 Node = tuple[str, ...]  # (), (language,), (language, competency), (..., task or group[, task])
 SEA: Node = ()
-# 97.5 % quantiles of Student's t, by degrees of freedom from 1
-T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over runs; half the width of its interval, None where one run tells of no spread."""
-
-    mean: float
-    half: float | None
-    runs: tuple[float, ...]
-
-
-def estimate(values: Iterable[float]) -> Estimate:
+def mean_of(values: Iterable[float]) -> Mean:
     """mean +- t sd / sqrt(n), by runs."""
     runs = tuple(values)
-    if len(runs) < 2:
-        return Estimate(runs[0], None, runs)
-    t = T[min(len(runs) - 2, len(T) - 1)]
-    return Estimate(statistics.fmean(runs), t * statistics.stdev(runs) / math.sqrt(len(runs)), runs)
+    n = len(runs)
+    if n < 2:
+        return Mean(runs[0], math.nan, runs)
+    half = t_quantile(LEVEL, n - 1) * statistics.stdev(runs) / math.sqrt(n)
+    return Mean(statistics.fmean(runs), half, runs)
 
 
 @dataclass
 class Model:
-    """All runs of a model: every node of the tree with its estimate."""
+    """All runs of a model: every node of the tree with its mean."""
 
     name: str
     runs: list[Run]
-    nodes: dict[Node, Estimate]
+    nodes: dict[Node, Mean]
     scores: dict[tuple[str, str], Score]  # of the first run, for baselines and maxima
-    plain: dict[tuple[str, str], Estimate]  # scores before they are normalised
+    plain: dict[tuple[str, str], Mean]  # scores before they are normalised
     notes: list[str]
 
     @property
@@ -117,9 +104,9 @@ def combine(name: str, runs: list[Run]) -> Model:
     return Model(
         name,
         runs,
-        {node: estimate(tree[node] for tree in trees) for node in trees[0]},
+        {node: mean_of(tree[node] for tree in trees) for node in trees[0]},
         filled[0],
-        {key: estimate(scores[key].score for scores in filled) for key in filled[0]},
+        {key: mean_of(scores[key].score for scores in filled) for key in filled[0]},
         _notes(runs),
     )
 
