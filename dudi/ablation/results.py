@@ -261,7 +261,7 @@ def _means(results: Results, setting: str, title: str) -> Table:
         seeds = len(results.cells(setting, name))
         lines.append([results.title(name), str(seeds), f"{steps:.0f}", f"{seconds:.0f}", *cells])
     note = (
-        "Means over seeds of the unweighted mean over languages on the test split, with 95 % "
+        "Means over seeds of the unweighted mean over a domain's languages, with 95 % "
         f"intervals; {results.seconds} in training, without what a teacher wrote beforehand."
     )
     head = ["", "seeds", "steps", "seconds", *_head(columns)]
