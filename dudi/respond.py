@@ -27,7 +27,7 @@ from dudi.config import DuDiConfig, ScriptArguments
 from dudi.data import load_data
 from dudi.models import load_model, load_tokenizer
 from dudi.parts import Asked, begin_parts, fill_parts, part_path, parts_of, read_part, write_whole
-from dudi.rollout import generate, inference_mode_of
+from dudi.rollout import ends_of, generate, inference_mode_of
 from dudi.rows import Reader, TeacherPrompts
 from dudi.run import quiet_libraries
 from dudi.teaching import wants_verbalizer
@@ -185,10 +185,7 @@ class Writer:
     @property
     def ends(self) -> list[int]:
         """Tokens that end a response: the tokenizer's eos, and what the model ends turns with."""
-        settings = getattr(self.model, "generation_config", None)
-        more = getattr(settings, "eos_token_id", None)
-        found = more if isinstance(more, list) else [more]
-        return sorted({self.tokenizer.eos_token_id, *found} - {None})
+        return ends_of(self.model, self.tokenizer)
 
     def _text(self, ids: Tensor, reason: str) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

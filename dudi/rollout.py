@@ -104,6 +104,13 @@ def rounded(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             weight.data = value
 
 
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a response: the tokenizer's eos, and what the model ends turns with."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *found} - {None})
+
+
 def cut_at_eos(tokens: Tensor, eos: set[int]) -> tuple[Tensor, str]:
     """Everything up to and including the first eos, and the finish reason."""
     for i, token in enumerate(tokens.tolist()):

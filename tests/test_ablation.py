@@ -29,15 +29,17 @@ from dudi.ablation.grid import (
     Grid,
     Measured,
     cells_of,
+    near_trials_of,
     read_grid,
     resolved,
     selected,
     steps_of,
+    trials_of,
 )
 from dudi.ablation.methods import method, methods
 from dudi.ablation.own import _state
-from dudi.ablation.report import BEGIN, END, charts, drawn, html
-from dudi.ablation.results import Results, at, rate_told, tables
+from dudi.ablation.report import BEGIN, END, charts, drawn, html, markdown
+from dudi.ablation.results import Results, Table, at, rate_told, tables
 from dudi.ablation.shared import map_part, responses_part, train_rows
 from dudi.ablation.statistics import difference, estimate, values_of
 from dudi.ablation.workers import run_tasks
@@ -376,8 +378,28 @@ def test_equal_seconds_become_steps() -> None:
     long = Cell("equal_seconds", "sft", 0)
     assert steps_of(grid, long, measured) == 1000
     assert resolved(grid, long, measured)["options"]["learning_rate"] == 1e-3
-    context = resolved(grid, Cell("main", "no_context", 0), measured)
-    assert context["options"]["learning_rate"] == 3e-4
+
+
+def test_ablations_try_the_rates_next_to_dudi_s() -> None:
+    """But the one that the setting of the trials has not, which takes DuDi's."""
+    grid = read_grid("configs/ablation.yaml")
+    measured = {"dudi": Measured(2e-3, 1.0)}
+    wanted = [Cell("main", "no_context", 0), Cell("other_tokenizer", "no_vocabulary", 0)]
+    assert {c.method for c in trials_of(grid, wanted)} == {"dudi"}
+    tried = near_trials_of(grid, wanted, measured)
+    assert [(c.method, c.trial) for c in tried] == [("no_context", r) for r in (5e-4, 2e-3, 6e-3)]
+    end = near_trials_of(grid, wanted, {"dudi": Measured(6e-3, 1.0)})
+    assert [c.trial for c in end] == [2e-3, 6e-3] and near_trials_of(grid, wanted, {}) == []
+    with pytest.raises(KeyError):
+        resolved(grid, wanted[0], measured)
+    own = measured | {"no_context": Measured(5e-4, 1.0)}
+    rates = [resolved(grid, cell, own)["options"]["learning_rate"] for cell in wanted]
+    assert rates == [5e-4, 2e-3]
+
+
+def test_pipes_do_not_cut_a_table() -> None:
+    table = Table("", "t", "", ["a"], [["x || y"]])
+    assert r"| x \|\| y |" in markdown(read_grid("configs/ablation.yaml"), {}, [table])
 
 
 def test_the_standard_grid_pairs_what_it_compares() -> None:
@@ -467,7 +489,7 @@ def test_cells_know_the_user_s_own_files(tmp_path: Path) -> None:
     def content(trial: float | None = None) -> dict[str, Any]:
         _state.cache_clear()
         cell = Cell("main", "mild", 0, trial)
-        return resolved(read_grid(config), cell, {"dudi": Measured(1e-3, 1.0)})
+        return resolved(read_grid(config), cell, {"mild": Measured(1e-3, 1.0)})
 
     first, trial = content(), content(1e-3)
     assert first["options"]["ce_weight"] == 0.5 and first["options"]["off_policy_weight"] == 1

@@ -237,3 +237,13 @@ def test_other_rows_are_not_compared() -> None:
     thai = [row for row in rows if row["language"] == "th"]
     (note,) = compare([result("old", rows), result("new", thai, sha256="other")]).notes
     assert note.endswith("no paired differences, and means over other languages (old has vi alone)")
+
+
+def test_one_row_has_no_interval() -> None:
+    """All its resamples are the same, which is not certainty; the page shows the value."""
+    rows = rows_of(0, count=1)
+    comparison = compare([result("old", rows), result("new", rows_of(1, count=1))])
+    (line,) = comparison.lines
+    for own in (*line.values, line.differences[1]):
+        assert math.isfinite(own.value) and math.isnan(own.low) and math.isnan(own.high)
+    assert line.verdicts == ["", ""] and "nan" not in render(comparison).lower()

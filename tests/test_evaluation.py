@@ -19,9 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from dudi import cli
 from dudi.demo_data import translation_rows
-from dudi.evaluation import Task, TaskResult, evaluate_tasks, load_result, writing
+from dudi.evaluation import Task, TaskResult, choices, evaluate_tasks, load_result, writing
+from dudi.evaluation.calibration import spread
 from dudi.evaluation.command import run_evaluation
 from dudi.evaluation.encoding import Encoder
+from dudi.evaluation.items import Item
 from dudi.evaluation.scoring import Scorer
 from dudi.evaluation.tables import show_result
 from dudi.rollout import Rollout
@@ -327,6 +329,73 @@ def test_cut_prompts_of_choices_and_of_the_teacher(tmp_path: Path) -> None:
     assert "teacher_prompt_left_out" not in Encoder.of(tokenizer).row(
         "one", "x", chat=False, ends=True
     )["left_out"]  # fmt: skip
+
+
+def spoil(body: nn.Module, token: int) -> None:
+    """Make hidden states NaN where a row has this token."""
+
+    def hook(body: nn.Module, given: Any, named: dict[str, Any], out: Any) -> None:
+        bad = (named["input_ids"] == token).any(-1)
+        out.last_hidden_state.masked_fill_(bad[:, None, None], math.nan)
+
+    body.register_forward_hook(hook, with_kwargs=True)
+
+
+def test_likelihoods_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    """Of Thai alone; the file is JSON, and reads as it was written."""
+    model = sharpened(0)
+    rows = asked(2)
+    thai = prompt_and_answer(rows[-1])[1]
+    others = {t for row in rows[:-1] for part in prompt_and_answer(row) for t in part}
+    spoil(model.model, next(token for token in thai if token not in others))
+    task = translation(2, metrics=["nll", "calibration"])
+    result = evaluate_tasks(
+        model, tiny.tokenizer(), [task], languages=LANGUAGES, resamples=5, batch_size=1
+    )
+    own = result.tasks["translation"]
+    assert own.notes == ["likelihoods of 1 rows are not finite (th 1): nothing is told of them"]
+    for figure in ("nll_per_char", "ece_tokens"):
+        assert math.isnan(own.value(figure, "th")) and math.isnan(own.value(figure))
+        assert own.value(figure, "en") > 0
+    read = load_result(result.save(tmp_path / "tasks.json"))
+    assert read.to_dict() == result.to_dict()
+
+
+def test_choices_that_are_not_finite_alike_or_impossible() -> None:
+    item = Item(0, "en", "0", "q", "", ("a", "bb", "a"), 2)
+    says = [[-3.0, -4.0, -3.0], [-3.0, -math.inf, -3.0], [math.nan, -1.0, -3.0], [-math.inf] * 3]
+    values = [choices._values(item, torch.tensor(own, dtype=torch.float64)) for own in says]
+    assert [own["correct"] for own in values] == [1, 1, None, None]  # the same text is as right
+    assert values[1]["log_probs"] == [-3, None, -3] and values[3]["chosen"] is None
+    json.dumps(values, allow_nan=False)
+    assert math.isnan(spread(values[2]["choice_bins"]).sum())
+
+
+def test_ends_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may end a turn with a token of its own before EOS: `ends: false` leaves out both,
+    and a generation ends there if the model's generation_config says so."""
+    tokenizer = copy(tiny.tokenizer())
+    (turn,) = ids("<|user|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|>"
+        "{% else %}{{ m.content }}<|user|>\n{% endif %}{% endfor %}"
+    )
+    encoder = Encoder.of(tokenizer)
+    whole = encoder.row("Hi", "Hello world", chat=True, ends=True)["completion_ids"]
+    own = encoder.row("Hi", "Hello world", chat=True, ends=False)["completion_ids"]
+    assert own == ids("Hello world") and whole == [*own, turn, *ids("\n"), 1]
+    model, asked_for = tiny.model(), {}
+
+    def generate(model: Any, prompts: list[Tensor], **settings: Any) -> Rollout:
+        asked_for.update(settings)
+        return Rollout([torch.tensor([turn])] * len(prompts), ["eos"] * len(prompts))
+
+    monkeypatch.setattr(writing, "generate", generate)
+    model.generation_config.eos_token_id = [1, turn]
+    evaluate_tasks(
+        model, tokenizer, [translation(1, metrics=["chrf"])], languages=["th"], resamples=1
+    )
+    assert asked_for["eos_token_id"] == sorted([1, turn])
 
 
 def test_texts_without_prompts_or_ends(tmp_path: Path) -> None:

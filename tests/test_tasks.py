@@ -20,7 +20,7 @@ from dudi.evaluation.task import Task
 
 
 def written(folder: Path, content: Any, rows: Sequence[Any] | None = None) -> Path:
-    lines = rows if rows is not None else [{"q": "What?", "a": "That."}]
+    lines = rows if rows is not None else [{"q": "What?", "a": "That.", "none": None}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines), "utf-8")
     path = folder / "task.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), "utf-8")
@@ -78,6 +78,7 @@ def test_bad_tasks_are_named(tmp_path: Path, change: Any, message: str) -> None:
         ({"prompt": "{{ z }}"}, "prompt uses an unknown field: 'z' is undefined; the row has a,"),
         ({"prompt": "{{ q / 2 }}"}, "prompt failed: TypeError"),
         ({"prompt": "{{ q.__class__.__mro__ }}"}, "prompt failed: SecurityError"),
+        ({"prompt": "{{ none }}"}, "prompt failed: ValueError: a field that it writes is null"),
         ({"completion": " "}, "completion must not be empty, got ' '"),
         ({"completion": None, "choices": "q", "answer": "0"}, "list of texts, got 'What\\?'"),
         ({"completion": None, "choices": "z", "answer": "0"}, "choices 'z' is not in the row"),
@@ -93,6 +94,12 @@ def test_bad_rows_are_named(tmp_path: Path, change: Any, message: str) -> None:
     task = load_task(written(tmp_path, BASE | change))
     with pytest.raises(ValueError, match=f"task t, row 0: .*{message}"):
         task_items(task)
+
+
+def test_a_null_language_is_none(tmp_path: Path) -> None:
+    rows = [{"q": "a", "a": "b", "l": code} for code in ("th", None)]
+    items = task_items(load_task(written(tmp_path, BASE | {"language": "{{ l }}"}, rows)))
+    assert [item.language for item in items] == ["th", "all"]
 
 
 def test_rows_are_chosen_by_language_and_seed(tmp_path: Path) -> None:

@@ -297,10 +297,7 @@ def test_a_chain_of_turns(tmp_path: Path) -> None:
         ({"vocabulary_verbalizer": False}, "vocabulary_verbalizer must not be false: .*tokenizer"),
         ({"vocabulary_verbalizer": "no.safetensors"}, "vocabulary_verbalizer .* does not exist"),
         ({"gradient_tolerance": 0.01}, "gradient_tolerance must be 0"),
-        (
-            {"teacher_top_p": 0.5, "on_policy_divergence": "reverse_kl"},
-            "on_policy_divergence",
-        ),
+        ({"teacher_top_p": 0.5}, "on_policy_divergence"),
         (
             {"context_verbalizer": False, "verbalized_share": 0.5},
             "verbalized_share < 1 and confidence_gating > 0 need the context verbalizer",

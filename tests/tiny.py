@@ -106,6 +106,7 @@ def config(output_dir: Any, **settings: Any) -> DuDiConfig:
         "disable_tqdm": True,
         "use_cpu": True,
         "preference_weight": 0.5,
+        "on_policy_divergence": "reverse_kl",  # not that of y+: neither passes for the other
     }
     return DuDiConfig(output_dir=str(output_dir), **(defaults | settings))
 

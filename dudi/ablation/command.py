@@ -23,6 +23,7 @@ from dudi.ablation.grid import (
     Measured,
     cells_of,
     hash_of,
+    near_trials_of,
     read_grid,
     resolved,
     selected,
@@ -117,7 +118,11 @@ class Run:
 
     def measured(self) -> dict[str, Measured]:
         """Of the methods whose trials are all done."""
-        trials = trials_of(self.grid, cells_of(self.grid))
+        every = cells_of(self.grid)
+        first = self._measured(trials_of(self.grid, every))
+        return first | self._measured(near_trials_of(self.grid, every, first))
+
+    def _measured(self, trials: Sequence[Cell]) -> dict[str, Measured]:
         found = {c: done_result(self.job(c, {})) for c in trials}
         lacking = {cell.method for cell, result in found.items() if result is None}
         whole = {c: r for c, r in found.items() if r is not None and c.method not in lacking}
@@ -146,16 +151,20 @@ class Run:
     # ---- running -------------------------------------------------------------------------------
 
     def everything(self, wanted: list[Cell]) -> None:
-        trials = trials_of(self.grid, wanted)
-        for cells in (trials, wanted):
-            jobs = self.jobs(cells, self.measured())
-            unknown = [cell.name for cell in cells if cell not in jobs]
-            self.failed |= dict.fromkeys(unknown, "its trials failed")
-            left = [job for job in jobs.values() if done_result(job) is None]
-            for parts in parts_of(self.folder.resolve(), left):
-                named = {part.path.name: part for part in parts if not part.path.exists()}
-                self._run("make", list(named.items()), _make)
-            self._run("cell", [(job.name, job) for job in left], _train)
+        self._do(trials_of(self.grid, wanted))
+        self._do(near_trials_of(self.grid, wanted, self.measured()))
+        self._do(wanted)
+
+    def _do(self, cells: list[Cell]) -> None:
+        """What is not done of these, with what it needs."""
+        jobs = self.jobs(cells, self.measured())
+        unknown = [cell.name for cell in cells if cell not in jobs]
+        self.failed |= dict.fromkeys(unknown, "its trials failed")
+        left = [job for job in jobs.values() if done_result(job) is None]
+        for parts in parts_of(self.folder.resolve(), left):
+            named = {part.path.name: part for part in parts if not part.path.exists()}
+            self._run("make", list(named.items()), _make)
+        self._run("cell", [(job.name, job) for job in left], _train)
 
     def _run(self, what: str, tasks: list[tuple[str, Any]], work: Callable[[Any], None]) -> None:
         began = time.monotonic()
@@ -180,7 +189,8 @@ class Run:
     def list_cells(self, wanted: list[Cell]) -> None:
         """All cells and trials: what is done, and about how long the others take."""
         measured = self.measured()
-        cells = [*trials_of(self.grid, wanted), *wanted]
+        trials = trials_of(self.grid, wanted) + near_trials_of(self.grid, wanted, measured)
+        cells = [*trials, *wanted]
         done = self.done(cells) if measured or not self.grid.tune else {}
         done |= {c: {} for c in cells if c.trial is not None and done_result(self.job(c, {}))}
         table = Table("cell", "about", "state")
@@ -214,7 +224,7 @@ class Run:
             return None if own else OVERHEAD
         name = setting.seconds_of or cell.method
         steps = (self.grid.settings[setting.like] if setting.like else setting).steps
-        tried = measured.get(self.grid.tuned_as(name))
+        tried = measured.get(self.grid.rate_of(name))
         if own and tried is None:
             return None
         cost = tried.seconds_a_step if tried is not None else self.grid.method(name).cost

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -126,9 +127,11 @@ class Grid(_Strict):
     def method(self, name: str) -> Method:
         return self.known[name]
 
-    def tuned_as(self, name: str) -> str:
-        """Whose learning rate a method takes: another's, or its own."""
-        return self.known[name].tuned_as or name
+    def rate_of(self, name: str) -> str:
+        """Whose trials a method's learning rate comes from: its own, or where it can't be tried in
+        the setting of the trials, those of the method that it is tuned as."""
+        tried = self.tune is not None and applies(self, name, self.settings[self.tune.setting])
+        return name if tried else self.known[name].tuned_as or name
 
     @field_validator("students")
     @classmethod
@@ -277,10 +280,11 @@ def cells_of(grid: Grid) -> list[Cell]:
 
 
 def trials_of(grid: Grid, wanted: list[Cell]) -> list[Cell]:
-    """The trials that these cells' learning rates and steps come from."""
+    """The trials that come first: of the methods that are not tuned as another one."""
     if grid.tune is None:
         return []
-    tuned = {grid.tuned_as(c.method) for c in wanted if c.method != START}
+    names = {c.method for c in wanted if c.method != START}
+    tuned = {grid.method(name).tuned_as or name for name in names}
     tuned |= {s.seconds_of for c in wanted if (s := grid.settings[c.setting]).seconds_of}
     return [
         Cell(grid.tune.setting, name, grid.tune.seed, rate)
@@ -288,6 +292,21 @@ def trials_of(grid: Grid, wanted: list[Cell]) -> list[Cell]:
         if name in tuned
         for rate in grid.tune.learning_rates
     ]
+
+
+def near_trials_of(grid: Grid, wanted: list[Cell], measured: Mapping[str, Measured]) -> list[Cell]:
+    """Of what is tuned as another method: its rate and those next to it, once that is known."""
+    if grid.tune is None:
+        return []
+    rates, found = sorted(set(grid.tune.learning_rates)), []
+    used = {cell.method for cell in wanted if cell.method != START}
+    for name in (n for n in grid.known if n in used and grid.rate_of(n) == n):
+        base = measured.get(grid.method(name).tuned_as or "")
+        if base is not None:
+            i = rates.index(base.learning_rate)
+            near = rates[max(0, i - 1) : i + 2]
+            found += [Cell(grid.tune.setting, name, grid.tune.seed, rate) for rate in near]
+    return found
 
 
 def steps_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> int:
@@ -299,7 +318,7 @@ def steps_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> int:
         return setting.steps
     like = grid.settings[str(setting.like)]
     seconds = float(like.steps or 0) * measured[str(setting.seconds_of)].seconds_a_step
-    own = measured[grid.tuned_as(cell.method)]
+    own = measured[grid.rate_of(cell.method)]
     return max(1, round(seconds / own.seconds_a_step))
 
 
@@ -308,7 +327,7 @@ def learning_rate_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> f
         return cell.trial
     if grid.tune is None:
         return float(grid.training["learning_rate"])
-    return measured[grid.tuned_as(cell.method)].learning_rate
+    return measured[grid.rate_of(cell.method)].learning_rate
 
 
 def resolved(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Method(BaseModel):
     data: Literal["given", "teacher"] = "given"  # who wrote y+
     one_epoch: bool = False  # all samples are drawn at the start: rows must not come again
     other_tokenizer: bool = False  # says something only where the teacher has one
-    tuned_as: str | None = None  # whose learning rate it takes
+    tuned_as: str | None = None  # only that one's learning rate and the next ones are tried
     cost: float = Field(gt=0)  # seconds a step of 16 rows on a core, for estimates
 
     def resolved(self, steps: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Variant(BaseModel):
     like: str
     options: dict[str, Any]
     title: str | None = None
-    tuned_as: str | None = None  # as of a method; without it, rates are tried for this one too
+    tuned_as: str | None = None  # as of a method; without it, all rates are tried
 
     def method(self, name: str) -> Method:
         """Raises ValueError where `like` is no method, or an option none of `dudi train`'s."""

@@ -84,7 +84,7 @@ def markdown(grid: Grid, done: Mapping[Cell, Any], found: Sequence[Table]) -> st
 
 def _markdown_table(table: Table) -> str:
     rule = ["---"] + ["---:"] * (len(table.head) - 1)
-    lines = [table.head, rule, *table.lines]
+    lines = [table.head, rule, *([cell.replace("|", "\\|") for cell in row] for row in table.lines)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -211,16 +211,17 @@ def _methods_table(results: Results, measured: Mapping[str, Measured]) -> Table:
     lines = []
     for name in (m for m in results.grid.known if m in used):
         own = results.grid.method(name)
-        rate = measured.get(own.tuned_as or name)
+        rate = measured.get(results.grid.rate_of(name))
         told = rate_told(results.grid, rate)
         paper = f"[{own.paper}](https://arxiv.org/abs/{own.paper})" if own.paper else DASH
         lines.append([own.title, paper, told, " ".join(own.about.split())])
-    note = "Each is a configuration of one trainer. An ablation of DuDi has DuDi's learning rate."
+    note = "Each is a configuration of one trainer."
     if results.grid.tune is not None:
         rates = ", ".join(f"{rate:g}" for rate in results.grid.tune.learning_rates)
         note += (
-            f" The others' is the best of {rates} by NLL a character on the validation split, with "
-            f"seed {results.grid.tune.seed}."
+            f" The learning rate is the best of {rates} by NLL a character on the validation "
+            f"split, with seed {results.grid.tune.seed}; ablations of DuDi try its rate and those "
+            "next to it."
         )
     return Table("Methods", "What was compared", note, ["", "arXiv", "rate", "what"], lines)
 
@@ -260,7 +261,7 @@ def _means(results: Results, setting: str, title: str) -> Table:
         seeds = len(results.cells(setting, name))
         lines.append([results.title(name), str(seeds), f"{steps:.0f}", f"{seconds:.0f}", *cells])
     note = (
-        "Means over seeds of the unweighted mean over languages on the test split, with 95 % "
+        "Means over seeds of the unweighted mean over a domain's languages, with 95 % "
         f"intervals; {results.seconds} in training, without what a teacher wrote beforehand."
     )
     head = ["", "seeds", "steps", "seconds", *_head(columns)]

@@ -1,7 +1,7 @@
 """Learning rates and the cost of a step, from trials on the validation split.
 
 Every tuned method gets the same rates, one seed that the report does not use, and the lowest NLL a
-character after its last step. Ablations of DuDi take DuDi's rate: they change one thing.
+character after its last step. Ablations of DuDi try DuDi's rate and those next to it.
 """
 
 from __future__ import annotations

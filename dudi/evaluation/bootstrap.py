@@ -8,6 +8,7 @@ same draws, so that differences are those of the same resampled rows.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ AT_ONCE = 4_000_000  # drawn numbers held at a time
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % percentile interval; NaN where it could not be measured."""
+    """A figure and its 95 % percentile interval; NaN where it could not be measured, the interval
+    also where there is but one group of rows."""
 
     value: float
     low: float
@@ -39,13 +41,14 @@ class Sampled(NamedTuple):
     groups: int  # that are drawn from; of a mean, the fewest of a language
 
     def estimate(self) -> Estimate:
-        return Estimate(self.value, *interval(self.draws))
+        return Estimate(self.value, *interval(self.draws, self.groups))
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
+def interval(draws: np.ndarray, groups: int) -> tuple[float, float]:
+    """NaN where nothing is drawn: one group's resamples are all the same."""
     finite = draws[np.isfinite(draws)]
-    if not len(finite):
-        return float("nan"), float("nan")
+    if groups < 2 or not len(finite):
+        return math.nan, math.nan
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -115,4 +118,5 @@ def _of_stratum(
 
 def difference(new: Sampled, old: Sampled) -> Estimate:
     """New - old, with the interval of the differences of paired resamples."""
-    return Estimate(new.value - old.value, *interval(new.draws - old.draws))
+    groups = min(new.groups, old.groups)
+    return Estimate(new.value - old.value, *interval(new.draws - old.draws, groups))

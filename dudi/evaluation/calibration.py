@@ -7,6 +7,7 @@ so that a resample needs nothing but sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,23 +15,28 @@ import torch
 from torch import Tensor
 
 BINS = 15
-Bins = list[list[float]]  # [bin, predictions, summed confidence, right ones]
+Bins = list[list[float | None]]  # [bin, predictions, summed confidence, right ones]
 
 
 def binned(confidence: Tensor, right: Tensor) -> Bins:
-    """Of predictions (R,): the bins that are not empty."""
-    places = (confidence.double() * BINS).long().clamp(0, BINS - 1)
+    """Of predictions (R,): the bins that are not empty; a sum that is not finite is None."""
+    places = (confidence.double() * BINS).nan_to_num(0).long().clamp(0, BINS - 1)
     sums = torch.zeros(BINS, 3, dtype=torch.float64)
     ones = torch.ones(len(confidence), dtype=torch.float64)
     sums.index_add_(0, places, torch.stack([ones, confidence.double(), right.double()], 1))
-    return [[i, *values] for i, values in enumerate(sums.tolist()) if values[0]]
+    return [
+        [i, *(value if math.isfinite(value) else None for value in values)]
+        for i, values in enumerate(sums.tolist())
+        if values[0]
+    ]
 
 
-def spread(bins: Sequence[Sequence[float]]) -> np.ndarray:  # (3 BINS,)
+def spread(bins: Sequence[Sequence[float | None]]) -> np.ndarray:  # (3 BINS,)
     """Sums of all bins, one after another."""
     out = np.zeros((BINS, 3))
     for place, *values in bins:
-        out[int(place)] = values
+        assert place is not None
+        out[int(place)] = values  # None is NaN
     return out.ravel()
 
 

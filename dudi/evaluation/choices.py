@@ -7,6 +7,7 @@ choice is never cut: the longer ones would be spared what the shorter ones pay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,13 +58,15 @@ def _values(item: Item, log_probs: torch.Tensor) -> dict[str, Any]:
     sizes = torch.tensor([len(choice.strip().encode()) for choice in item.choices])
     chosen, by_bytes = int(log_probs.argmax()), int((log_probs / sizes).argmax())
     confidence = log_probs.softmax(0).amax()[None]
-    right = chosen == item.answer
+    known = bool(confidence.isfinite())  # a choice may be impossible, not all of them
+    right_one = item.choices[item.answer]  # or another of the same text
+    right = item.choices[chosen] == right_one
     return {
         "questions": 1,
-        "correct": int(right),
-        "correct_by_bytes": int(by_bytes == item.answer),
-        "chosen": chosen,
+        "correct": int(right) if known else None,
+        "correct_by_bytes": int(item.choices[by_bytes] == right_one) if known else None,
+        "chosen": chosen if known else None,
         "answer": item.answer,
-        "log_probs": [round(value, 6) for value in log_probs.tolist()],
+        "log_probs": [round(v, 6) if math.isfinite(v) else None for v in log_probs.tolist()],
         "choice_bins": binned(confidence, torch.tensor([right])),
     }

@@ -46,7 +46,7 @@ class Encoder:
         own = Example.of(example) if example else _example(prompt, completion, self._chats(chat))
         asked, whole = self._student(own)
         if not ends:
-            whole = whole[:-1]
+            whole = self._unended(whole, own.prompt_messages is not None)
         ids = whole[: self.max_completion_length]
         if not ids:
             raise ValueError(f"completion must give at least one token, got {completion!r}")
@@ -69,6 +69,17 @@ class Encoder:
             "text": text,
             "left_out": left_out,
         }
+
+    def _unended(self, ids: list[int], chats: bool) -> list[int]:
+        """Without EOS and, of a chat template, the end of its turn before that."""
+        ids = ids[:-1]
+
+        def spelt(some: list[int]) -> str:
+            return str(self.student.tokenizer.decode(some, skip_special_tokens=True)).rstrip()
+
+        while chats and len(ids) > 1 and spelt(ids[:-1]) == spelt(ids):
+            ids = ids[:-1]
+        return ids
 
     def _chats(self, chat: bool) -> bool:
         return chat and self.student.chats

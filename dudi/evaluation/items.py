@@ -70,7 +70,8 @@ def _language(task: Task, number: int, fields: Fields) -> str:
         except TypeError as error:
             raise ValueError(_place(task, number, str(error))) from None
     else:
-        code = rendered(_place(task, number, "language"), task.language, fields).strip()
+        known = {name: "" if value is None else value for name, value in fields.items()}
+        code = rendered(_place(task, number, "language"), task.language, known).strip()
     return normalise(code) or ALL
 
 

@@ -106,8 +106,10 @@ class Scorer:
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         head = lm_head(self.model)
         # topk and a sum in float64 hold copies of a block beside it
-        top = likeliest_tokens(hidden, head, 1, memory_budget=self.memory_budget // 4)
-        confidence = top.log_probs[:, 0].exp().cpu().split(lengths)
+        lost = ~hidden.isfinite().all(-1)  # has no likeliest token
+        whole = hidden.masked_fill(lost[:, None], 0)
+        top = likeliest_tokens(whole, head, 1, memory_budget=self.memory_budget // 4)
+        confidence = top.log_probs[:, 0].exp().masked_fill(lost, math.nan).cpu().split(lengths)
         right = (top.ids[:, 0] == targets).cpu().split(lengths)
         return list(zip(confidence, right, strict=True))
 

@@ -26,7 +26,7 @@ class Absent(Exception):
 def read_rows(source: Source, data_dir: str | Path | None) -> list[Fields]:
     """All rows of a source, as fields."""
     if source.file is not None:
-        return _rows_of(source.file, None, source.split)
+        return _rows_of(source.file, source.config, source.split)
     if source.dataset is not None:
         return _rows_of(source.dataset, source.config, source.split)
     match source.builtin:

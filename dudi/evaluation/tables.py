@@ -19,6 +19,7 @@ from dudi.evaluation.result import NOTHING, Result, TaskResult
 
 DASH = "–"
 UNBOUNDED = 10_000  # columns
+LEGEND = "[low, high]: 95 % intervals over rows, not over seeds of training"
 WORDS, NAMES = 14, 24  # where titles and names of runs are broken
 COLOURS = {"better": "green", "worse": "red", "": "default"}
 
@@ -91,11 +92,14 @@ def show_result(result: Result, console: Console) -> None:
             _say(console, f"{name}:", sentence)
         for note in task.notes:
             _say(console, f"{name}:", note, "dim")
+    if any(task.figures for task in result.tasks.values()):
+        _say(console, "", LEGEND)
     _show_skipped(result, "", console)
 
 
 def _say(console: Console, start: str, text: str, style: str = "yellow") -> None:
-    console.print(f"[{style}]{escape(start)}[/] {escape(text)}", highlight=False, soft_wrap=True)
+    told = f"[{style}]{escape(start)}[/] {escape(text)}" if start else f"[dim]{escape(text)}[/]"
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 def _show_skipped(result: Result, start: str, console: Console) -> None:
@@ -150,6 +154,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             console.print(table)
         for note in cut_notes(comparison, task):
             _say(console, f"{task}:", note)
+    if len(comparison.names) > 1 and comparison.lines:
+        _say(console, "", LEGEND)
     for note in comparison.notes:
         console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
     for result in comparison.results:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,6 +193,7 @@ def _evaluate(
         own = _choose(run, task, items, tell)
         for row, values in zip(result.rows, own, strict=True):
             row.update(values)
+        result.notes += _not_finite(result.rows)
         return result
     chosen = _first(items, run.generate_rows) if task.writes else []
     rows = _encoded(run.encoder, task, items)
@@ -199,6 +201,7 @@ def _evaluate(
         values.update(_left_out(run, task, row))
     check_ids(run.scorer, rows, task.name)
     _score(run, task, rows, result, start(0, len(items) + len(chosen)))
+    result.notes += _not_finite(result.rows)
     tell = start(len(items), len(items) + len(chosen))
     _write(run, task, items, rows, chosen, result, tell)
     return result
@@ -283,13 +286,31 @@ def _scored_values(
     values: dict[str, Any] = {}
     if "nll" in wanted:
         text = row["text"]
-        values |= {"nll": score.nll, "tokens": len(row["completion_ids"])}
+        values |= {"nll": _finite(score.nll), "tokens": len(row["completion_ids"])}
         values |= {"chars": len(text), "bytes": len(text.encode())}
     if asks:
-        values |= {"kl": score.kl, "taught": score.taught}
+        values |= {"kl": _finite(score.kl), "taught": score.taught}
     if score.confidence is not None and score.right is not None:
         values["token_bins"] = binned(score.confidence, score.right)
     return values
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _not_finite(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note where a likelihood is NaN or infinite: its language's figures are not measured."""
+
+    def lacks(value: Any) -> bool:
+        return value is None or (isinstance(value, list) and any(map(lacks, value)))
+
+    names = ("nll", "kl", "token_bins", "correct", "choice_bins")
+    bad = Counter(r["language"] for r in rows if any(lacks(r[n]) for n in names if n in r))
+    if not bad:
+        return []
+    own = ", ".join(f"{code} {count}" for code, count in sorted(bad.items()))
+    return [f"likelihoods of {bad.total()} rows are not finite ({own}): nothing is told of them"]
 
 
 def _first(items: Sequence[Item], limit: int | None) -> list[int]:

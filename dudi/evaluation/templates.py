@@ -10,6 +10,13 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
+def _written(value: Any) -> Any:
+    """What is put into a text: jinja2 would write a null as None."""
+    if value is None:
+        raise ValueError("a field that it writes is null")
+    return value
+
+
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
     return ImmutableSandboxedEnvironment(
@@ -17,6 +24,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
+        finalize=_written,
     )
 
 

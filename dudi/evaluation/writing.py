@@ -10,7 +10,7 @@ from dudi.evaluation.fidelity import Judge
 from dudi.evaluation.figures import chrf_counts
 from dudi.evaluation.items import Item
 from dudi.evaluation.scoring import batches, tensors
-from dudi.rollout import generate
+from dudi.rollout import ends_of, generate
 
 
 def write(
@@ -29,7 +29,7 @@ def write(
             model,
             tensors([rows[i] for i in part], "prompt_ids"),
             max_completion_length=max_length,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends_of(model, tokenizer),
             pad_token_id=pad,
             temperature=0.0,
         )
