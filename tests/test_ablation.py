@@ -571,10 +571,13 @@ def test_a_cell_reads_the_user_s_own_data_as_training_does(
     with pytest.raises(ValueError, match="steps must be at most 1 for dpo"):
         cells.run_cell(dpo)  # 2 steps of 4 batches of 2; there are 12 rows
 
-    asked = []
-    monkeypatch.setattr(
-        cells, "evaluate_tasks", lambda *a, **k: asked.append(k) or evaluate(*a, **k)
-    )
+    asked: list[dict[str, Any]] = []
+
+    def asking(*args: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(cells, "evaluate_tasks", asking)
     load, trainers = cells.loaded, []
 
     def loaded(*args: Any) -> Any:

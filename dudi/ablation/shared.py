@@ -267,12 +267,12 @@ def map_part(folder: Path, cell: Mapping[str, Any]) -> Part:
 
 
 def _write_map(teacher: str, student: str, model: str | None, path: Path) -> None:
-    sizes = _head_size(teacher), model and _head_size(model)
-    same_text_map(teacher, student, *sizes).save(path)
+    own = None if model is None else _head_size(model)
+    same_text_map(teacher, student, _head_size(teacher), own).save(path)
 
 
 def _head_size(model: str) -> int:
-    return load_model_config(model, {}, "model_name_or_path").get_text_config().vocab_size
+    return int(load_model_config(model, {}, "model_name_or_path").get_text_config().vocab_size)
 
 
 def same_text_map(
