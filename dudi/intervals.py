@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dudi.report_figures import DASH
+from dudi.report_figures import DASH, number
 
 LEVEL = 0.95
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)  # on [-1, 1]; 64: t to 1e-9
@@ -36,8 +36,8 @@ def spelt(found: Mean | None, digits: int, signed: bool = False) -> str:
     """1.850 ± 0.004; the value alone where nothing is known of its spread, an en dash for none."""
     if found is None or not math.isfinite(found.value):
         return DASH
-    value = f"{found.value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
-    return f"{value} ± {found.half:,.{digits}f}" if math.isfinite(found.half) else value
+    value = number(found.value, digits, signed)
+    return f"{value} ± {number(found.half, digits)}" if math.isfinite(found.half) else value
 
 
 def or_none(value: float) -> float | None:

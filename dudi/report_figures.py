@@ -59,9 +59,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: Any, digits: int = 3, signed: bool = False) -> str:
     """Fixed digits; an en dash for what could not be measured."""
-    return f"{value:,.{digits}f}".replace("-", "−") if is_number(value) else DASH
+    if not is_number(value):
+        return DASH
+    return f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
 
 
 def short(value: Any) -> str:

@@ -182,11 +182,6 @@ class Writer:
     tokenizer: Any
     sampling: Sampling
 
-    @property
-    def ends(self) -> list[int]:
-        """Tokens that end a response: the tokenizer's eos, and what the model ends turns with."""
-        return ends_of(self.model, self.tokenizer)
-
     def _text(self, ids: Tensor, reason: str) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text if reason == "eos" else text.rstrip("\ufffd")  # cut within a character
@@ -200,7 +195,7 @@ class Writer:
             self.model,
             [torch.tensor(a.ids) for a in repeated],
             max_completion_length=s.max_tokens,
-            eos_token_id=self.ends,
+            eos_token_id=ends_of(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             temperature=s.temperature,
             top_p=s.top_p,

@@ -23,6 +23,7 @@ from dudi.ablation.methods import (
     START,
     Method,
     Variant,
+    check_among,
     check_options,
     with_variants,
 )
@@ -169,7 +170,7 @@ class Grid(_Strict):
         check_options("training", self.training, (*GIVEN, *OFF))
         for name, own in self.methods.items():
             if own.tuned_as is not None:
-                _among(f"methods.{name}.tuned_as", own.tuned_as, self.known)
+                check_among(f"methods.{name}.tuned_as", own.tuned_as, self.known)
         return self
 
     @model_validator(mode="after")
@@ -181,17 +182,17 @@ class Grid(_Strict):
                     f"{name!r}"
                 )
         for name, setting in self.settings.items():
-            _among(f"settings.{name}.student", setting.student, self.students)
-            _among(f"settings.{name}.teacher", setting.teacher, (*TEACHERS, *self.teachers))
+            check_among(f"settings.{name}.student", setting.student, self.students)
+            check_among(f"settings.{name}.teacher", setting.teacher, (*TEACHERS, *self.teachers))
             for each in self.methods_of(setting):
-                _among(f"settings.{name}.methods", each, self.known)
+                check_among(f"settings.{name}.methods", each, self.known)
             if setting.seconds_of is not None:
-                _among(f"settings.{name}.seconds_of", setting.seconds_of, self.known)
+                check_among(f"settings.{name}.seconds_of", setting.seconds_of, self.known)
             if setting.like is not None:
-                _among(f"settings.{name}.like", setting.like, self.settings)
+                check_among(f"settings.{name}.like", setting.like, self.settings)
                 self._check_like(name, setting, self.settings[setting.like])
         if self.tune is not None:
-            _among("tune.setting", self.tune.setting, self.settings)
+            check_among("tune.setting", self.tune.setting, self.settings)
             if self.tune.seed in self.seeds:
                 raise ValueError(f"tune.seed must be none of seeds, got {self.tune.seed}")
         elif any(setting.like for setting in self.settings.values()):
@@ -216,13 +217,6 @@ class Grid(_Strict):
                 f"settings.{name}.like must be tune.setting, where seconds a step are measured, "
                 f"{self.tune.setting!r}, got {setting.like!r}"
             )
-
-
-def _among(place: str, name: str, known: Any) -> None:
-    if name not in known:
-        raise ValueError(
-            f"{place} must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
-        )
 
 
 def read_grid(path: str | Path) -> Grid:

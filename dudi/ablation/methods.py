@@ -8,7 +8,7 @@ What a method leaves unsaid is off: signals have weight 0, the teacher reads the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -124,9 +124,12 @@ def methods() -> dict[str, Method]:
 
 def method(name: str, place: str = "method") -> Method:
     """Raises ValueError for a name of none."""
-    known = methods()
+    check_among(place, name, methods())
+    return methods()[name]
+
+
+def check_among(place: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         raise ValueError(
             f"{place} must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
         )
-    return known[name]

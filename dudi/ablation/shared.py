@@ -121,8 +121,8 @@ def train_rows(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of the train split, in the cell's languages; with a limit, the same drawn ones for all."""
     own, languages, limit = cell.get("data_of"), cell["languages"], cell["train_rows"]
     rows = translation_rows("train") if own is None else list(Rows(**own["train"]).load())
-    kept = _within if own is None else _answers_in
-    rows = rows if languages is None else [r for r in rows if kept(r, languages)]
+    if languages is not None:
+        rows = [r for r in rows if _within(r, languages)] if own is None else _in(rows, languages)
     if not rows:
         raise ValueError(f"no row to train on is in {', '.join(languages or [])}")
     return rows if limit is None or limit >= len(rows) else random.Random(0).sample(rows, limit)
@@ -133,9 +133,10 @@ def _within(row: Mapping[str, Any], languages: list[str]) -> bool:
     return row.get("language") in languages and row.get("source", languages[0]) in languages
 
 
-def _answers_in(row: Mapping[str, Any], languages: list[str]) -> bool:
+def _in(rows: list[dict[str, Any]], languages: list[str]) -> list[dict[str, Any]]:
     """As tasks choose rows (evaluation/items.py), whatever else a user's row says."""
-    return normalise(row.get("language") or "") in {normalise(code) for code in languages}
+    wanted = {normalise(code) for code in languages}
+    return [row for row in rows if normalise(row.get("language") or "") in wanted]
 
 
 def items_part(folder: Path, split: str, languages: list[str] | None) -> Part:

@@ -7,12 +7,13 @@ so that a resample needs nothing but sums.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dudi.intervals import or_none
 
 BINS = 15
 Bins = list[list[float | None]]  # [bin, predictions, summed confidence, right ones]
@@ -24,11 +25,7 @@ def binned(confidence: Tensor, right: Tensor) -> Bins:
     sums = torch.zeros(BINS, 3, dtype=torch.float64)
     ones = torch.ones(len(confidence), dtype=torch.float64)
     sums.index_add_(0, places, torch.stack([ones, confidence.double(), right.double()], 1))
-    return [
-        [i, *(value if math.isfinite(value) else None for value in values)]
-        for i, values in enumerate(sums.tolist())
-        if values[0]
-    ]
+    return [[i, *map(or_none, values)] for i, values in enumerate(sums.tolist()) if values[0]]
 
 
 def spread(bins: Sequence[Sequence[float | None]]) -> np.ndarray:  # (3 BINS,)

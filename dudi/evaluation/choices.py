@@ -7,7 +7,6 @@ choice is never cut: the longer ones would be spared what the shorter ones pay.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from dudi.evaluation.encoding import Encoder
 from dudi.evaluation.items import Item
 from dudi.evaluation.scoring import Scorer, batches, check_ids
 from dudi.evaluation.task import Task
+from dudi.intervals import or_none
 
 
 def answer_choices(
@@ -67,6 +67,6 @@ def _values(item: Item, log_probs: torch.Tensor) -> dict[str, Any]:
         "correct_by_bytes": int(item.choices[by_bytes] == right_one) if known else None,
         "chosen": chosen if known else None,
         "answer": item.answer,
-        "log_probs": [round(v, 6) if math.isfinite(v) else None for v in log_probs.tolist()],
+        "log_probs": [or_none(round(v, 6)) for v in log_probs.tolist()],
         "choice_bins": binned(confidence, torch.tensor([right])),
     }

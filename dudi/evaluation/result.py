@@ -19,6 +19,7 @@ from dudi.callbacks import checked_object, write_text
 from dudi.evaluation.bootstrap import MEAN, RESAMPLES, Estimate, Sampled, sampled
 from dudi.evaluation.cuts import counted, told
 from dudi.evaluation.figures import FIGURES
+from dudi.intervals import or_none
 
 FORMAT = 1
 FILE = "tasks.json"  # of a result in a run's folder
@@ -141,7 +142,7 @@ def _task_dict(task: TaskResult) -> dict[str, Any]:
 
 
 def _safe(estimate: Estimate) -> dict[str, float | None]:
-    return {k: v if math.isfinite(v) else None for k, v in estimate._asdict().items()}
+    return {name: or_none(value) for name, value in estimate._asdict().items()}
 
 
 def _task(name: str, content: Mapping[str, Any]) -> TaskResult:

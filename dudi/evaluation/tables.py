@@ -16,8 +16,8 @@ from dudi.evaluation.bootstrap import MEAN, Estimate
 from dudi.evaluation.compare import Compared, Comparison
 from dudi.evaluation.figures import FIGURES, Figure
 from dudi.evaluation.result import NOTHING, Result, TaskResult
+from dudi.report_figures import DASH
 
-DASH = "–"
 UNBOUNDED = 10_000  # columns
 LEGEND = "[low, high]: 95 % intervals over rows, not over seeds of training"
 WORDS, NAMES = 14, 24  # where titles and names of runs are broken

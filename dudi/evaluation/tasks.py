@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from dudi.evaluation.scoring import Score, Scorer, batches, check_ids
 from dudi.evaluation.sources import Absent
 from dudi.evaluation.task import Task, load_tasks
 from dudi.evaluation.writing import judges, write, written_values
+from dudi.intervals import or_none
 from dudi.known import KnownTeacher
 from dudi.rollout import inference_mode_of
 from dudi.signals import check_padding_free
@@ -286,17 +286,13 @@ def _scored_values(
     values: dict[str, Any] = {}
     if "nll" in wanted:
         text = row["text"]
-        values |= {"nll": _finite(score.nll), "tokens": len(row["completion_ids"])}
+        values |= {"nll": or_none(score.nll), "tokens": len(row["completion_ids"])}
         values |= {"chars": len(text), "bytes": len(text.encode())}
     if asks:
-        values |= {"kl": _finite(score.kl), "taught": score.taught}
+        values |= {"kl": or_none(score.kl), "taught": score.taught}
     if score.confidence is not None and score.right is not None:
         values["token_bins"] = binned(score.confidence, score.right)
     return values
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _not_finite(rows: Sequence[Mapping[str, Any]]) -> list[str]:
