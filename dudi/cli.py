@@ -262,9 +262,10 @@ def train(words: list[str], console: Console) -> None:
         run_miniature(options, output_dir, console=console, command=command)
         return
     script, config = from_options(options)
-    from dudi.run import run_training
+    from dudi.run import leave_ranks, run_training
 
     run_training(script, config, console=console, command=command, config_file=config_file)
+    leave_ranks()
 
 
 def _split_config(words: list[str]) -> tuple[str | None, list[str]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -42,6 +43,8 @@ from dudi.evaluate import Evaluation, evaluate_model, evaluation_table
 from dudi.models import load_model, load_tokenizer, refuse_adapter
 from dudi.report import write_report
 from dudi.trainer import DuDiTrainer
+
+MOMENT = 0.3  # seconds that gloo's threads are given to come to rest
 
 
 def environment() -> dict[str, Any]:
@@ -368,6 +371,18 @@ def run_training(
         if not begun and trainer.is_world_process_zero():
             clear_run(str(config.output_dir))
         raise
+
+
+def leave_ranks() -> None:
+    """The last thing that each process of torchrun does; nothing where there is one process alone.
+
+    gloo's threads let go of a collective's tensors a moment after it has ended, and need the GIL
+    for that: a process that exits meanwhile is aborted, one that destroys the group waits for ever
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(MOMENT)
+        dist.destroy_process_group()
 
 
 def _train_and_evaluate(

@@ -4,3 +4,7 @@ that transformers imports do."""
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Tests read what rich prints: as wide as they say, without colours, whatever terminal runs them.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)

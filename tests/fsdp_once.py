@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from dudi.run import leave_ranks
 from dudi.signals import lm_head, pack, redirected_forward, response_hidden
 from dudi_kernels import linear_distill_loss
 
@@ -48,7 +49,7 @@ def main() -> None:
         full = b.grad.full_tensor()
         assert b.grad.to_local().numel() < a.numel(), name
         assert torch.allclose(full, a.grad, atol=1e-7, rtol=1e-5), name
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

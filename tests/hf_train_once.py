@@ -11,6 +11,8 @@ from pathlib import Path
 import tiny
 from recipes import recipe
 
+from dudi.run import leave_ranks
+
 
 def main(folder: str, batch_size: int, accumulation: int) -> None:
     args = tiny.training_arguments(
@@ -27,6 +29,7 @@ def main(folder: str, batch_size: int, accumulation: int) -> None:
     if trainer.is_world_process_zero():
         lines = [json.dumps(entry) for entry in trainer.state.log_history if "loss" in entry]
         Path(folder, "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from dudi.rollout import generate
+from dudi.run import leave_ranks
 from dudi.sharding import local, make_mesh, shard
 from dudi.trainer import DuDiTrainer
 
@@ -145,3 +146,4 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         run_case = look_at_parts if case == "parts" else lambda f, case=case: train(f, case)
         run_case(Path(sys.argv[1]) / case)
+    leave_ranks()

@@ -22,26 +22,25 @@ from rich.console import Console
 from torch import Tensor
 
 from dudi.ablation import cell as cells
-from dudi.ablation.cell import SELECTED_BY, done_result
+from dudi.ablation.cell import done_result
 from dudi.ablation.command import Run, parts_of, run_ablation
 from dudi.ablation.grid import (
     Cell,
     Grid,
     Measured,
     cells_of,
-    near_trials_of,
     read_grid,
     resolved,
     selected,
     steps_of,
-    trials_of,
 )
 from dudi.ablation.methods import method, methods
 from dudi.ablation.own import _state
 from dudi.ablation.report import BEGIN, END, charts, drawn, html, markdown
-from dudi.ablation.results import Results, Table, at, rate_told, tables
+from dudi.ablation.results import Results, Table, at, tables
 from dudi.ablation.shared import map_part, responses_part, train_rows
 from dudi.ablation.statistics import difference, estimate, values_of
+from dudi.ablation.tuning import SELECTED_BY
 from dudi.ablation.workers import run_tasks
 from dudi.cli import main
 from dudi.demo_data import data_path, translation_rows
@@ -369,6 +368,22 @@ def test_a_failing_cell_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert "one epoch" in told
 
 
+def test_a_trial_that_diverges_is_a_result(tmp_path: Path) -> None:
+    """The sweep takes another rate; the method's cells are run with that."""
+    tune = RATES | {"learning_rates": [1e-3, 1e30], "beyond": 0}
+    setting = TINY["settings"]["main"] | {"methods": ["sft"]}
+    config = write_grid(tmp_path, tune=tune, settings={"main": setting}, seeds=[0])
+    out = tmp_path / "out"
+    run_ablation(config, out, only="method=sft", console=QUIET)
+    assert sorted(stamps(out)) == [
+        "main-sft-0.json", "tune-main-sft-9-0.001.json", "tune-main-sft-9-1e+30.json",
+    ]  # fmt: skip
+    trial = json.loads((out / "cells" / "tune-main-sft-9-1e+30.json").read_text(encoding="utf-8"))
+    assert "step 2" in trial["diverged"] and "curve" not in trial
+    done = json.loads((out / "cells" / "main-sft-0.json").read_text(encoding="utf-8"))
+    assert done["cell"]["options"]["learning_rate"] == 1e-3
+
+
 # ---- without running -----------------------------------------------------------------------------
 
 
@@ -378,23 +393,6 @@ def test_equal_seconds_become_steps() -> None:
     long = Cell("equal_seconds", "sft", 0)
     assert steps_of(grid, long, measured) == 1000
     assert resolved(grid, long, measured)["options"]["learning_rate"] == 1e-3
-
-
-def test_ablations_try_the_rates_next_to_dudi_s() -> None:
-    """But the one that the setting of the trials has not, which takes DuDi's."""
-    grid = read_grid("configs/ablation.yaml")
-    measured = {"dudi": Measured(2e-3, 1.0)}
-    wanted = [Cell("main", "no_context", 0), Cell("other_tokenizer", "no_vocabulary", 0)]
-    assert {c.method for c in trials_of(grid, wanted)} == {"dudi"}
-    tried = near_trials_of(grid, wanted, measured)
-    assert [(c.method, c.trial) for c in tried] == [("no_context", r) for r in (5e-4, 2e-3, 6e-3)]
-    end = near_trials_of(grid, wanted, {"dudi": Measured(6e-3, 1.0)})
-    assert [c.trial for c in end] == [2e-3, 6e-3] and near_trials_of(grid, wanted, {}) == []
-    with pytest.raises(KeyError):
-        resolved(grid, wanted[0], measured)
-    own = measured | {"no_context": Measured(5e-4, 1.0)}
-    rates = [resolved(grid, cell, own)["options"]["learning_rate"] for cell in wanted]
-    assert rates == [5e-4, 2e-3]
 
 
 def test_pipes_do_not_cut_a_table() -> None:
@@ -644,12 +642,6 @@ def test_accuracy_stands_in_the_report() -> None:
     found = {table.title: table for table in tables(Results(grid, done), {})}
     assert found["Means"].head[-1] == "choice: accuracy ↑"
     assert found["Differences to SFT"].lines[0][-1].startswith("+0.250")
-
-
-def test_a_rate_at_an_end_of_the_sweep_is_marked() -> None:
-    grid = read_grid("configs/ablation.yaml")
-    told = [rate_told(grid, Measured(rate, 1.0)) for rate in (3e-5, 2e-3, 6e-3)]
-    assert told == ["3e-05 (the lowest tried)", "0.002", "0.006 (the highest tried)"]
 
 
 def test_a_method_has_one_colour_in_all_charts() -> None:

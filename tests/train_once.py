@@ -13,6 +13,7 @@ import tiny
 import vocabularies
 from transformers import TrainerCallback
 
+from dudi.run import leave_ranks
 from dudi.trainer import DuDiTrainer
 
 
@@ -55,3 +56,4 @@ def main(folder: str, batch_size: int, other: bool) -> None:
 if __name__ == "__main__":
     for name in ("same", "other"):
         main(f"{sys.argv[1]}/{name}", int(sys.argv[2]), name == "other")
+    leave_ranks()

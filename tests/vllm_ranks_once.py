@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-import torch.distributed as dist
 from peft import LoraConfig
 
+from dudi.run import leave_ranks
 from dudi.trainer import DuDiTrainer
 
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -38,7 +38,7 @@ def main(folder: str, url: str) -> None:
             processing_class=tiny.tokenizer(),
             peft_config=adapter,
         ).train()
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

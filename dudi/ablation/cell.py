@@ -36,6 +36,7 @@ from dudi.ablation.shared import (
     teacher_at,
     train_rows,
 )
+from dudi.ablation.tuning import DIVERGED, SELECTED_BY
 from dudi.bridge import Bridge, MapSettings, build_bridge
 from dudi.callbacks import read_jsonl, write_text
 from dudi.config import from_options
@@ -47,11 +48,11 @@ from dudi.evaluation.items import task_items
 from dudi.evaluation.result import TaskResult
 from dudi.evaluation.task import Rows, Source, Task, load_task
 from dudi.evaluation.tasks import evaluate_tasks
+from dudi.finite import NonFiniteLossError
 from dudi.models import load_model, load_tokenizer
 from dudi.run import build_trainer, console_style, environment, quiet_libraries
 from dudi.trainer import DuDiTrainer
 
-SELECTED_BY = "nll_per_char"  # on the validation split
 TESTED_PROMPT = 512  # tokens, where training has no limit
 VALIDATED_TOKENS = 128  # of a validation row's response, at least
 TESTED_TOKENS = 64  # of a test row's reference or generation, at least; longer ones are cut
@@ -82,9 +83,22 @@ def done_result(job: Job) -> dict[str, Any] | None:
 
 
 def run_cell(job: Job) -> None:
-    """Train, test, write. Raises what the trainer raises."""
+    """Train, test, write. Raises what the trainer raises, but of a trial that diverges, which is a
+    result."""
     torch.set_num_threads(1)
     quiet_libraries()
+    try:
+        found = _trained_and_tested(job)
+    except NonFiniteLossError as error:
+        if job.cell["trial"] is None:
+            raise
+        found = {DIVERGED: str(error)}
+    result = {"hash": job.hash, "cell": job.cell, "environment": environment(), **found}
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    write_text(result_path(job.folder, job.name), text)
+
+
+def _trained_and_tested(job: Job) -> dict[str, Any]:
     cell = job.cell
     tokenizer = load_tokenizer(tokenizer_of(cell["student"]), "the student's tokenizer")
     clock = Clock(job, tokenizer)
@@ -93,18 +107,13 @@ def run_cell(job: Job) -> None:
         clock.validate(model, 0)
     else:
         model = _trained(job, clock)
-    result = {
-        "hash": job.hash,
-        "cell": cell,
-        "environment": environment(),
+    return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": clock.seconds,
         "wall_seconds": clock.wall,
         "curve": clock.curve,
         **tested(job, model, tokenizer),
     }
-    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
-    write_text(result_path(job.folder, job.name), text)
 
 
 def loaded(name: str, dtype: Any, argument: str, device: Any = None) -> Any:
@@ -166,8 +175,9 @@ class Clock(TrainerCallback):
             batch_size=self.batch,
             **self.reading,
         )
-        values = _values(found.tasks[self.task.name], [SELECTED_BY])
-        value = values[SELECTED_BY][MEAN]
+        value = _values(found.tasks[self.task.name], [SELECTED_BY])[SELECTED_BY].get(MEAN)
+        if value is None:
+            raise NonFiniteLossError(f"the validation split's NLL after step {step} is not finite")
         self.curve.append({"step": step, "seconds": self.seconds, SELECTED_BY: value})
 
 

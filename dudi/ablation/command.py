@@ -23,11 +23,9 @@ from dudi.ablation.grid import (
     Measured,
     cells_of,
     hash_of,
-    near_trials_of,
     read_grid,
     resolved,
     selected,
-    trials_of,
 )
 from dudi.ablation.methods import SAME_TEXT
 from dudi.ablation.own import check_there, existing
@@ -41,7 +39,7 @@ from dudi.ablation.shared import (
     teacher_part,
     warm_part,
 )
-from dudi.ablation.tuning import measured_of
+from dudi.ablation.tuning import Sweep, measured_of, sweeps_of, trials_of
 from dudi.ablation.workers import run_tasks
 from dudi.callbacks import write_text
 from dudi.run import quiet_libraries
@@ -116,17 +114,12 @@ class Run:
 
     # ---- what is there -------------------------------------------------------------------------
 
+    def sweeps(self, wanted: Sequence[Cell]) -> dict[str, Sweep]:
+        return sweeps_of(self.grid, wanted, lambda trial: done_result(self.job(trial, {})))
+
     def measured(self) -> dict[str, Measured]:
         """Of the methods whose trials are all done."""
-        every = cells_of(self.grid)
-        first = self._measured(trials_of(self.grid, every))
-        return first | self._measured(near_trials_of(self.grid, every, first))
-
-    def _measured(self, trials: Sequence[Cell]) -> dict[str, Measured]:
-        found = {c: done_result(self.job(c, {})) for c in trials}
-        lacking = {cell.method for cell, result in found.items() if result is None}
-        whole = {c: r for c, r in found.items() if r is not None and c.method not in lacking}
-        return measured_of(whole)
+        return measured_of(self.sweeps(cells_of(self.grid)))
 
     def job(self, cell: Cell, measured: dict[str, Measured]) -> Job:
         content = resolved(self.grid, cell, measured)
@@ -151,9 +144,18 @@ class Run:
     # ---- running -------------------------------------------------------------------------------
 
     def everything(self, wanted: list[Cell]) -> None:
-        self._do(trials_of(self.grid, wanted))
-        self._do(near_trials_of(self.grid, wanted, self.measured()))
+        while trials := self._trials_left(wanted):
+            self._do(trials)
         self._do(wanted)
+
+    def _trials_left(self, wanted: Sequence[Cell]) -> list[Cell]:
+        """Each round's results decide which ones the next round tries."""
+        trials = trials_of(self.grid, sweeps := self.sweeps(wanted))
+        return [
+            cell
+            for cell in trials
+            if cell.name not in self.failed and sweeps[cell.method].results[cell.trial or 0] is None
+        ]
 
     def _do(self, cells: list[Cell]) -> None:
         """What is not done of these, with what it needs."""
@@ -189,8 +191,7 @@ class Run:
     def list_cells(self, wanted: list[Cell]) -> None:
         """All cells and trials: what is done, and about how long the others take."""
         measured = self.measured()
-        trials = trials_of(self.grid, wanted) + near_trials_of(self.grid, wanted, measured)
-        cells = [*trials, *wanted]
+        cells = [*trials_of(self.grid, self.sweeps(wanted)), *wanted]
         done = self.done(cells) if measured or not self.grid.tune else {}
         done |= {c: {} for c in cells if c.trial is not None and done_result(self.job(c, {}))}
         table = Table("cell", "about", "state")

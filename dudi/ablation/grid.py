@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,6 +55,7 @@ class Tune(_Strict):
     learning_rates: list[float] = Field(min_length=1)
     seed: int
     setting: str
+    beyond: int = Field(0, ge=0)  # further rates, one by one, while the best one is at an end
 
 
 class EvaluationPlan(_Strict):
@@ -255,6 +255,14 @@ class Measured(NamedTuple):
 
     learning_rate: float
     seconds_a_step: float
+    tried: tuple[float, ...] = ()  # rates
+
+    @property
+    def end(self) -> str:
+        """Of the rates tried, where the best one is at one; a better one may lie beyond."""
+        if len(self.tried) < 2 or min(self.tried) < self.learning_rate < max(self.tried):
+            return ""
+        return "lowest" if self.learning_rate == min(self.tried) else "highest"
 
 
 def applies(grid: Grid, name: str, setting: Setting) -> bool:
@@ -271,36 +279,6 @@ def cells_of(grid: Grid) -> list[Cell]:
         for each in (*([START] if setting.like is None else []), *grid.methods_of(setting))
         if each == START or applies(grid, each, setting)
     ]
-
-
-def trials_of(grid: Grid, wanted: list[Cell]) -> list[Cell]:
-    """The trials that come first: of the methods that are not tuned as another one."""
-    if grid.tune is None:
-        return []
-    names = {c.method for c in wanted if c.method != START}
-    tuned = {grid.method(name).tuned_as or name for name in names}
-    tuned |= {s.seconds_of for c in wanted if (s := grid.settings[c.setting]).seconds_of}
-    return [
-        Cell(grid.tune.setting, name, grid.tune.seed, rate)
-        for name in grid.known
-        if name in tuned
-        for rate in grid.tune.learning_rates
-    ]
-
-
-def near_trials_of(grid: Grid, wanted: list[Cell], measured: Mapping[str, Measured]) -> list[Cell]:
-    """Of what is tuned as another method: its rate and those next to it, once that is known."""
-    if grid.tune is None:
-        return []
-    rates, found = sorted(set(grid.tune.learning_rates)), []
-    used = {cell.method for cell in wanted if cell.method != START}
-    for name in (n for n in grid.known if n in used and grid.rate_of(n) == n):
-        base = measured.get(grid.method(name).tuned_as or "")
-        if base is not None:
-            i = rates.index(base.learning_rate)
-            near = rates[max(0, i - 1) : i + 2]
-            found += [Cell(grid.tune.setting, name, grid.tune.seed, rate) for rate in near]
-    return found
 
 
 def steps_of(grid: Grid, cell: Cell, measured: dict[str, Measured]) -> int:

