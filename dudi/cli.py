@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import shlex
 import sys
@@ -43,8 +44,8 @@ class TrainArguments:
 @dataclass(kw_only=True)
 class EvaluateArguments:
     model_name_or_path: str = _option("Model to evaluate: a folder or a Hub id.")
-    tasks: str | list[str] | None = _option(
-        "Built-in tasks or YAML files, as a,b or [a, b]; all: every built-in one.", None
+    tasks: list[str] | None = _option(
+        "Built-in tasks or YAML files, as a,b; all: every built-in one.", None
     )
     dataset_name: str | None = _option(
         "A JSONL, CSV or Parquet file, a saved dataset's folder, or a Hub id, as for training.",
@@ -52,7 +53,7 @@ class EvaluateArguments:
     )
     dataset_config: str | None = _option("Configuration of a Hub dataset.", None)
     split: str | None = _option("By default test; of a single file, all of it.", None)
-    languages: str | list[str] | None = _option("Rows of these languages alone, as th,vi.", None)
+    languages: list[str] | None = _option("Rows of these languages alone, as th,vi.", None)
     name: str | None = _option("What comparisons call the model; by default its folder.", None)
     model_init_kwargs: dict[str, Any] | None = _option(
         "Arguments of from_pretrained, such as a quantization_config.", None
@@ -78,7 +79,7 @@ class EvaluateArguments:
 @dataclass(kw_only=True)
 class CompareArguments:
     runs: list[str] = _option("Files that dudi evaluate has written, or folders with tasks.json.")
-    names: str | list[str] | None = _option(
+    names: list[str] | None = _option(
         "What to call them, as a,b; by default their own names.", None
     )
     baseline: str | None = _option("What differences are from; by default the first.", None)
@@ -89,7 +90,7 @@ class CompareArguments:
 
 @dataclass(kw_only=True)
 class EvalDataArguments:
-    names: str | list[str] | None = _option("Which data sets, as a,b; null is all.", None)
+    names: list[str] | None = _option("Which data sets, as a,b; null is all.", None)
     output_dir: str | None = _option("By default $DUDI_EVAL_DATA, or the user's cache.", None)
 
 
@@ -135,7 +136,8 @@ class LexiconArguments:
     output: str = _option("The TSV file to write: pivot word, target word, language.")
     pivot: str = _option("The pivot language's column.", "en")
     languages: list[str] | None = _option(
-        "The other languages' columns; null: the rows have pivot_completion, completion, language.",
+        "As th,lo: the other languages' columns, of demo those to take; null: the rows have "
+        "pivot_completion, completion and language.",
         None,
     )
     tokenizer_name_or_path: str | None = _option(
@@ -156,7 +158,6 @@ class PlanArguments:
     prompt_length: int | None = _option("Tokens of all prompts; by default the limit.", None)
     completion_length: int | None = _option("Tokens of all responses; the same.", None)
     teacher_prompt_length: int | None = _option("Tokens of what the teacher reads first.", None)
-    strategy: str = _option("ddp; or fsdp, an estimate of fsdp_size: auto.", "ddp")
     json: str | None = _option("Write the figures to this JSON file.", None)
 
 
@@ -197,7 +198,7 @@ class ExportArguments:
 class SeahelmPrepareArguments:
     model_name_or_path: str = _option("As of dudi export.")
     output_dir: str = _option("The folder to write: new or empty.")
-    languages: str | list[str] | None = _option(
+    languages: list[str] | None = _option(
         "Such as id,th,vi; by default id, vi, th, ta, tl (Filipino), ms, my.", None
     )
     no_judge_tasks: bool = _option("Leave out what an LLM judges.", False)
@@ -223,7 +224,7 @@ class SeahelmRunArguments:
     checkout: str = _option("A folder with SEA-HELM; it is not changed.")
     output_dir: str | None = _option("For the results; by default results in prepared.", None)
     seeds: list[int] | None = _option(
-        "One run each, such as [1, 2, 3]; by default SEA-HELM's own eight.", None
+        "One run each, such as 1,2,3; by default SEA-HELM's own eight.", None
     )
     python: str | None = _option("The interpreter; by default uv run in the checkout.", None)
     limit: int | None = _option("Rows of a task at most, to try things out.", None)
@@ -242,7 +243,7 @@ class DemoArguments:
     output_dir: str | None = _option("By default runs/demo, or runs/demo-teacher.", None)
     seed: int = _option("Seed of the students, their data order and samples.", 0)
     overwrite: bool = _option("Replace an earlier demo in output_dir.", False)
-    steps: int | None = _option("Optimizer steps after the warm start; null: 300.", None)
+    steps: int | None = _option("Optimizer steps after the warm start; null: 200.", None)
     teacher: bool = _option("Train the demo's teacher again instead.", False)
 
 
@@ -283,19 +284,13 @@ def _split_config(words: list[str]) -> tuple[str | None, list[str]]:
     return words[i + 1], words[:i] + words[i + 2 :]
 
 
-def _listed(given: str | list[str] | None) -> list[str] | None:
-    """a,b as a list: brackets are a pattern to some shells."""
-    return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
-
-
 def evaluate(words: list[str], console: Console) -> None:
     from dudi.config import read_arguments
 
     values = vars(read_arguments(EvaluateArguments, words))
     from dudi.evaluation.command import run_evaluation
 
-    lists = {name: _listed(values[name]) for name in ("tasks", "languages")}
-    run_evaluation(**values | lists, console=console)
+    run_evaluation(**values, console=console)
 
 
 def compare(words: list[str], console: Console) -> None:
@@ -307,7 +302,7 @@ def compare(words: list[str], console: Console) -> None:
     arguments = read_arguments(CompareArguments, [*given, *words[len(runs) :]])
     from dudi.evaluation.command import run_comparison
 
-    run_comparison(**vars(arguments) | {"names": _listed(arguments.names)}, console=console)
+    run_comparison(**vars(arguments), console=console)
 
 
 def eval_data(words: list[str], console: Console) -> None:
@@ -316,7 +311,7 @@ def eval_data(words: list[str], console: Console) -> None:
     arguments = read_arguments(EvalDataArguments, words)
     from dudi.evaluation.packages import run_fetch
 
-    run_fetch(_listed(arguments.names), arguments.output_dir, console)
+    run_fetch(arguments.names, arguments.output_dir, console)
 
 
 def _with_recipe(
@@ -731,6 +726,7 @@ def _tell_launcher(error: Exception) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Entry point of the `dudi` command; returns the exit status."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line as it is imported
     try:
         run(sys.argv[1:] if words is None else words, Console())
     except KeyboardInterrupt as stop:

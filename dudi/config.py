@@ -791,14 +791,21 @@ def read_words(words: list[str], wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value_of_text(text: str, wanted: Any) -> Any:
-    """As YAML reads it, but text where text is wanted: `--run_name 007`."""
+    """As YAML reads it, but text where text is wanted (`--run_name 007`) and a list where a list is
+    wanted: `--languages th,vi`, `--seeds 1,2`."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
+    if value is None or isinstance(value, (list, dict)):
+        return value
     members = _members(wanted)
-    texts = str in members and bool not in members
-    return text if texts and value is not None and not isinstance(value, (list, dict)) else value
+    if str in members:
+        return text if bool not in members else value
+    lists = (m for m in members if typing.get_origin(m) is list)
+    if any(typing.get_args(m)[0] in (str, int) for m in lists):  # brackets are a pattern to shells
+        return [part.strip() for part in text.split(",")]
+    return value
 
 
 def checked(options: dict[Any, Any], wanted: dict[str, Any]) -> dict[str, Any]:

@@ -126,10 +126,16 @@ def _text(value: Any) -> str:
     return str(value[-1]["content"])
 
 
-def demo_texts() -> Iterator[Parallel]:
-    """The train split of the embedded strings, with English as the pivot."""
+def demo_texts(languages: Sequence[str] | None = None) -> Iterator[Parallel]:
+    """The train split of the embedded strings, with English as the pivot; `languages`: of these.
+
+    Raises ValueError for languages that they are not in.
+    """
+    unknown = [code for code in languages or () if code not in LANGUAGES]
+    if unknown:
+        raise ValueError(f"languages must be of {', '.join(LANGUAGES)}, got {', '.join(unknown)}")
     items = [item for item in ui_strings() if split_of(item["key"]) == "train"]
-    return parallel_texts(items, "en", LANGUAGES)
+    return parallel_texts(items, "en", languages or LANGUAGES)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -154,7 +160,7 @@ def run_lexicon(
         raise ValueError(f"output {output!r} exists; --overwrite replaces it")
     tokenizer = tokenizer_name_or_path
     if dataset_name == DEMO:
-        texts, tokenizer = list(demo_texts()), str(data_path("tokenizer"))
+        texts, tokenizer = list(demo_texts(languages)), str(data_path("tokenizer"))
     else:
         texts = list(parallel_texts(load_data(dataset_name, split=split), pivot, languages))
     with Progress(console=console, transient=True) as bar:

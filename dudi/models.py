@@ -53,8 +53,10 @@ def _load(loader: Any, name: str, argument: str, kwargs: dict[str, Any]) -> Any:
     try:
         return loader(str(path) if path.is_dir() else name, **kwargs)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        place = "" if path.exists() else "is neither a folder here nor a Hub id that "
-        raise ValueError(f"{argument} {name!r} {place}can't be loaded: {error}") from error
+        told = "can't be loaded"
+        if not path.exists():
+            told = "is neither a folder here nor a Hub id that can be loaded"
+        raise ValueError(f"{argument} {name!r} {told}: {error}") from error
 
 
 def refuse_adapter(student: Any) -> None:

@@ -159,6 +159,8 @@ def linear_dudi_loss(
             numbers that follow are the y-, each of which makes a pair with it. Sequences may be
             missing as long as no preference is asked for. They must be on the CPU while a CUDA
             graph is captured, which then is of these lengths.
+        on_policy_divergence: here reverse KL and no preference are the defaults; the trainer's own
+            are forward KL and a preference_weight of 0.1.
         temperature: of the divergences, or of the student's side of them where
             `teacher_temperature` is given; log-probabilities and entropies are at 1.
         preference_loss: of z as above: sigmoid, -logsigmoid(z); hinge, relu(1 - z); ipo,

@@ -132,6 +132,10 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
         (["--lr_scheduler_kwargs", "{min_lr: 1e-6}"], "lr_scheduler_kwargs", {"min_lr": 1e-6}),
         (["--learning_rate", "-1"], "learning_rate", -1),
         (["--bf16", "--seed", "3"], "bf16", True),
+        (["--stop_strings", "x, no"], "stop_strings", ["x", "no"]),
+        (["--stop_strings", "['a,b']"], "stop_strings", ["a,b"]),
+        (["--stop_strings", "null"], "stop_strings", None),
+        (["--lora_target_modules", "q,k"], "lora_target_modules", "q,k"),  # a name or a pattern
     ],
 )
 def test_words_of_the_command_line(words: list[str], name: str, value: Any) -> None:

@@ -261,3 +261,6 @@ def test_the_demo_lexicon_is_made_again_from_the_train_split(tmp_path: Path) -> 
     assert len(read_lexicon(shipped, LANGUAGES)) > 1000
     held_out = {item["en"] for item in ui_strings() if split_of(item["key"]) != "train"}
     assert held_out and not held_out & {text.pivot for text in demo_texts()}
+    assert {text.language for text in demo_texts(["th", "lo"])} == {"th", "lo"}
+    with pytest.raises(ValueError, match=r"languages must be of id, .*, ta, got jv"):
+        run_lexicon("demo", str(tmp_path / "none.tsv"), languages=["th", "jv"], console=QUIET)

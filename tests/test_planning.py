@@ -234,9 +234,11 @@ def test_an_adapter_has_states_of_its_own_only(tmp_path: Path) -> None:
 def test_several_gpus(tmp_path: Path) -> None:
     settings = options(tmp_path, **SFT)
     one, ddp, fsdp = (
-        planned(settings, gpus=gpus, strategy=strategy).phases[-1].parts
-        for gpus, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
+        planned(settings | more, gpus=gpus).phases[-1].parts
+        for gpus, more in ((1, {}), (2, {}), (2, {"fsdp_size": "auto"}))
     )
+    groups = planned(settings | {"fsdp_size": 2}, gpus=4).phases[-1].parts
+    assert groups == fsdp
     assert ddp == one | {"DDP buckets": 4 * TRAINED}
     assert fsdp["optimizer states"] == -(-one["optimizer states"] // 2)
     gathered = 4 * (TRAINED - LAYERS * (BLOCK + 768)) + 3 * 4 * (BLOCK + 768)
@@ -292,14 +294,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words = ("--gpus", "2", "--gpu_memory", "0.3", "--json", str(file))
     assert run(tmp_path, settings, *words) == 0
     shown = capsys.readouterr().out
-    for text in ("DDP buckets", "does not fit", "activation_checkpointing: true", "One upon"):
+    for text in (
+        "DDP buckets",
+        "does not fit",
+        "activation_checkpointing: true",
+        "fsdp_size: auto",
+        "One upon",
+    ):
         assert text in shown
     told = json.loads(file.read_text())
     assert told["gpus"] == 2 and told["fits"] is False and told["changes"][0]["saved_bytes"] > 0
     assert told["peak_bytes"] == max(phase["bytes"] for phase in told["phases"].values())
     assert told["flops"]["total"] == sum(told["flops"].values()) - told["flops"]["total"]
-    assert run(tmp_path, settings, "--gpus=2", "--gpu_memory=40", "--strategy", "fsdp") == 0
-    assert "an estimate of fsdp_size" in " ".join(capsys.readouterr().out.split())
+    assert run(tmp_path, settings, "--gpus=2", "--gpu_memory=40", "--fsdp_size", "auto") == 0
+    assert "Shards over 2 ranks are an estimate" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["plan", "--help"]) == 0
     assert "--gpu_memory" in capsys.readouterr().out
 
@@ -309,7 +317,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         ({}, ("--gpus", "0"), "gpus must be at least 1, got 0"),
         ({}, ("--gpu_memory", "-3"), "gpu_memory must be positive, in GiB, got -3"),
-        ({}, ("--strategy", "zero3"), "strategy must be one of ddp, fsdp, got 'zero3'"),
+        ({"fsdp_size": 3}, ("--gpus", "4"), "fsdp_size must divide gpus, 4, got 3"),
         ({}, ("--prompt_length", "999"), "prompt_length must be from 1 to max_prompt_length=224"),
         ({}, ("--teacher_prompt_length", "9"), "the teacher reads no prompt of its own"),
         ({"max_prompt_length": None}, (), "prompt_length must be given: the recipe has no max_"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dudi.config import DuDiConfig, ScriptArguments
+from dudi.config import SHARDED_OPTIMIZERS, DuDiConfig, ScriptArguments
 from dudi.planning.plan import LIMITS, Lengths, RunPlan, plan_run
 
 SMALL_BUDGET = 64 * 2**20  # bytes of workspace that slow the loss down little
@@ -62,6 +62,16 @@ def _smaller_batch(recipe: Recipe, plan: RunPlan) -> Found:
         "gradient_accumulation_steps": 2 * times,
     }
     return _told(fields), recipe.configured(**fields)
+
+
+def _sharded(recipe: Recipe, plan: RunPlan) -> Found:
+    config = recipe.config
+    refused = config.fp16 or getattr(config.optim, "value", config.optim) not in SHARDED_OPTIMIZERS
+    given = (config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {})
+    packed = any(name.startswith(("load_in_", "quantization_")) for own in given for name in own)
+    if config.fsdp_size is not None or plan.gpus == 1 or refused or packed:
+        return None
+    return ("fsdp_size: auto",), recipe.configured(fsdp_size="auto")
 
 
 def _smaller_budget(recipe: Recipe, plan: RunPlan) -> Found:
@@ -124,6 +134,7 @@ CHANGES: tuple[tuple[Change, str], ...] = (
     (_checkpointing, "none; a third more time"),
     (_smaller_batch, "none; the same global batch"),
     (_smaller_budget, "none; a slower loss"),
+    (_sharded, "none; layers are gathered"),
     (_half_teacher, "the teacher is rounded"),
     (_autocast, "GEMMs in bf16"),
     (_reference, "another reference policy"),
@@ -171,7 +182,6 @@ def _tried(change: Change, recipe: Recipe, plan: RunPlan) -> tuple[Lines, Recipe
             gpus=plan.gpus,
             gpu_memory=plan.gpu_memory,
             lengths=changed.lengths,
-            strategy=plan.strategy,
         )
     except ValueError:
         return None

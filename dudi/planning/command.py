@@ -23,7 +23,6 @@ def run_plan(
     prompt_length: int | None,
     completion_length: int | None,
     teacher_prompt_length: int | None,
-    strategy: str,
     json_file: str | None,
     console: Console,
 ) -> RunPlan:
@@ -31,9 +30,7 @@ def run_plan(
     quiet_libraries()
     script, config = read_options(options)
     lengths = Lengths(prompt_length, completion_length, teacher_prompt_length)
-    plan = plan_run(
-        script, config, gpus=gpus, gpu_memory=gpu_memory, lengths=lengths, strategy=strategy
-    )
+    plan = plan_run(script, config, gpus=gpus, gpu_memory=gpu_memory, lengths=lengths)
     show_plan(plan, console)
     found: dict[str, list[Advice]] = {}
     if plan.fits is False:

@@ -21,7 +21,6 @@ from dudi.signals import lm_head
 
 GIB = 2**30
 RESERVED = 0.08  # of a GPU: CUDA context, libraries, fragmentation; assumed, not measured
-STRATEGIES = ("ddp", "fsdp")
 NEED_A_GPU = ("bf16", "fp16", "tf32")
 
 
@@ -46,7 +45,7 @@ class RunPlan:
     load: Load
     micro_batches: int  # of an optimizer step
     gpus: int
-    strategy: str
+    shards: int  # ranks that hold the models together, by `fsdp_size`
     device: str
     gpu_memory: float | None  # GiB
     one_vocabulary: bool  # of student and teacher
@@ -80,7 +79,7 @@ class RunPlan:
             "micro_batches": self.micro_batches,
             "gpus": self.gpus,
             "gpu_memory_gib": self.gpu_memory,
-            "strategy": self.strategy,
+            "shards": self.shards,
             "device": self.device,
         }
 
@@ -108,7 +107,6 @@ def plan_run(
     gpus: int = 1,
     gpu_memory: float | None = None,  # GiB of each
     lengths: Lengths = LIMITS,
-    strategy: str = "ddp",
 ) -> RunPlan:
     """Memory and FLOPs of an optimizer step, before anything is loaded.
 
@@ -116,12 +114,11 @@ def plan_run(
         gpus: ranks, one a GPU.
         gpu_memory: what each has; `fits` then says whether 92 % of it hold the peak.
         lengths: of all sequences, where they are shorter than the limits of the recipe.
-        strategy: ddp; or fsdp, an estimate of `fsdp_size: auto`.
 
     Raises:
         ValueError: models that can't be found or planned; options out of range.
     """
-    _check(gpus, gpu_memory, strategy)
+    shards = _checked_shards(gpus, gpu_memory, config)
     student, teacher = student_spec(script, config), teacher_spec(config)
     load = _load(config, lengths)
     _check_positions(student, load.prompt_length, load)
@@ -131,11 +128,11 @@ def plan_run(
         phases, flops = step_phases(student, teacher, config, load)
     except RuntimeError as error:  # of operators: what they make depends on numbers, for one
         raise ValueError(f"a model of this recipe can't be planned: {error}") from error
-    stays = standing(student, teacher, config, gpus if strategy == "ddp" else 1)
+    stays = standing(student, teacher, config, gpus if shards == 1 else 1)
     whole = tuple(Phase(phase.name, stays | phase.parts) for phase in phases)
-    if strategy == "fsdp":
+    if shards > 1:
         models = [build(spec) for spec in (student, teacher) if spec is not None]
-        whole = tuple(phase._replace(parts=sharded(phase.parts, models, gpus)) for phase in whole)
+        whole = tuple(phase._replace(parts=sharded(phase.parts, models, shards)) for phase in whole)
     parameters = {"student": count(student), "trained": count(student, trained=True)}
     if teacher is not None:
         parameters["teacher"] = count(teacher)
@@ -146,7 +143,7 @@ def plan_run(
         load,
         config.gradient_accumulation_steps,
         gpus,
-        strategy,
+        shards,
         device_of(config),
         gpu_memory,
         teacher is not None and _vocabulary(student) == _vocabulary(teacher),
@@ -157,13 +154,17 @@ def _vocabulary(spec: Spec) -> int:
     return lm_head(build(spec)).vocab_size
 
 
-def _check(gpus: int, gpu_memory: float | None, strategy: str) -> None:
+def _checked_shards(gpus: int, gpu_memory: float | None, config: DuDiConfig) -> int:
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise ValueError(f"gpu_memory must be positive, in GiB, got {gpu_memory}")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if config.fsdp_size is None:
+        return 1
+    shards = gpus if config.fsdp_size == "auto" else int(config.fsdp_size)
+    if gpus % shards:
+        raise ValueError(f"fsdp_size must divide gpus, {gpus}, got {shards}")
+    return shards
 
 
 def _load(config: DuDiConfig, lengths: Lengths) -> Load:

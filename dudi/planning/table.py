@@ -84,8 +84,8 @@ def parts_table(plan: RunPlan) -> Table:
 
 def verdict(plan: RunPlan) -> str:
     peak = f"The peak is {size(plan.peak.bytes)}, in the {plan.peak.name}."
-    if plan.strategy == "fsdp":
-        peak += " FSDP is an estimate of fsdp_size: auto."
+    if plan.shards > 1:
+        peak += f" Shards over {plan.shards} ranks are an estimate."
     if plan.room is None:
         return f"{peak} --gpu_memory GIB says whether it fits."
     word = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
