@@ -44,7 +44,7 @@ from dudi.models import load_model, load_tokenizer, refuse_adapter
 from dudi.report import write_report
 from dudi.trainer import DuDiTrainer
 
-MOMENT = 0.3  # seconds that gloo's threads are given to come to rest
+MOMENT = 1.0  # seconds that gloo's threads are given to come to rest
 
 
 def environment() -> dict[str, Any]:
