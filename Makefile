@@ -62,6 +62,7 @@ $(ABLATION_STAMP): $(STAMP)
 	@touch $@
 
 ablation: install $(ABLATION_STAMP)  ## every method in every setting (hours on 2 cores; resumes): runs/ablation/
+	$(BIN)/dudi eval-data
 	$(BIN)/dudi ablate --config configs/ablation.yaml --output_dir runs/ablation --workers $(WORKERS)
 
 ablation-small: install  ## three methods, one setting, two seeds (minutes): runs/ablation-small/
