@@ -39,7 +39,7 @@ from dudi.ablation.shared import (
     teacher_part,
     warm_part,
 )
-from dudi.ablation.tuning import Sweep, measured_of, sweeps_of, trials_of
+from dudi.ablation.tuning import Sweep, measured_of, sweeps_of, trials_of, trials_to_come
 from dudi.ablation.workers import run_tasks
 from dudi.callbacks import write_text
 from dudi.run import quiet_libraries
@@ -150,12 +150,8 @@ class Run:
 
     def _trials_left(self, wanted: Sequence[Cell]) -> list[Cell]:
         """Each round's results decide which ones the next round tries."""
-        trials = trials_of(self.grid, sweeps := self.sweeps(wanted))
-        return [
-            cell
-            for cell in trials
-            if cell.name not in self.failed and sweeps[cell.method].results[cell.trial or 0] is None
-        ]
+        trials = trials_to_come(self.grid, self.sweeps(wanted))
+        return [cell for cell in trials if cell.name not in self.failed]
 
     def _do(self, cells: list[Cell]) -> None:
         """What is not done of these, with what it needs."""

@@ -120,6 +120,15 @@ def trials_of(grid: Grid, sweeps: Mapping[str, Sweep]) -> list[Cell]:
     return [trial(grid, name, rate) for name, sweep in sweeps.items() for rate in sweep.results]
 
 
+def trials_to_come(grid: Grid, sweeps: Mapping[str, Sweep]) -> list[Cell]:
+    return [
+        trial(grid, name, rate)
+        for name, sweep in sweeps.items()
+        for rate, result in sweep.results.items()
+        if result is None
+    ]
+
+
 def measured_of(sweeps: Mapping[str, Sweep]) -> dict[str, Measured]:
     """By method: the rate of its best trial, and CPU seconds a step over all its trials."""
     found = {name: sweep.measured() for name, sweep in sweeps.items()}
